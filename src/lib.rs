@@ -1,0 +1,16 @@
+//! Tilewright trains, fine-tunes, takes apart and times image classifiers with kernels written by hand.
+//!
+//! One way through the house: a [model builder](models) writes a static-shape [graph] of [ops]; the graph is
+//! checked, differentiated and fused; a plan places every tensor and lists the launches; a [backend] runs it.
+
+pub mod backend;
+pub mod data;
+pub mod error;
+pub mod graph;
+pub mod models;
+pub mod ops;
+pub mod report;
+pub mod train;
+pub mod weights;
+
+pub use error::{Error, Result};
