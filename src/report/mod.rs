@@ -1,5 +1,9 @@
 //! Results out: metrics, plots, tables and self-contained HTML reports.
 
+pub mod metrics;
+pub mod runlog;
+pub mod table;
+
 use crate::{Error, Result};
 use std::io::Write;
 use std::path::Path;
@@ -17,7 +21,8 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     let mut file = tempfile::NamedTempFile::new_in(dir).map_err(fail)?;
     file.write_all(bytes).map_err(fail)?;
     file.as_file().sync_all().map_err(fail)?;
-    file.persist(path).map_err(|e| Error::writing(path, e.error))?;
+    file.persist(path)
+        .map_err(|e| Error::writing(path, e.error))?;
     if let Ok(d) = std::fs::File::open(dir) {
         // Not every file system can fsync a folder; the rename itself is already atomic.
         let _ = d.sync_all();
