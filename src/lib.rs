@@ -9,6 +9,7 @@ pub mod error;
 pub mod graph;
 pub mod models;
 pub mod ops;
+pub mod philox;
 pub mod report;
 pub mod train;
 pub mod weights;

@@ -1,1 +1,94 @@
-//! backend
+//! Backends: device, memory, launch, timing. What a kernel computes is the ops' affair.
+
+pub mod cpu;
+pub mod wgpu;
+
+use crate::graph::plan::Memory;
+use crate::graph::{Graph, Phase, Tid};
+use crate::{Error, Result};
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Choices that are made when a graph is compiled.
+#[derive(Clone, Debug, Default)]
+pub struct CompileOptions {
+    /// Kernel variant by op name, in place of the default rule's choice.
+    pub variants: HashMap<String, String>,
+    /// Fill temporaries with NaN before every run, so that an output that nobody writes shows.
+    pub poison: bool,
+}
+
+/// A device that compiles graphs.
+pub trait Backend: Send + Sync {
+    /// `cpu`, `wgpu`.
+    fn name(&self) -> &'static str;
+
+    /// The device, for people and for recorded results.
+    fn device(&self) -> String;
+
+    /// Plans memory and prepares every launch of `graph`.
+    ///
+    /// # Errors
+    /// A node cannot run on this backend, or memory does not suffice: the message names the layer.
+    fn compile(&self, graph: Arc<Graph>, options: &CompileOptions) -> Result<Box<dyn Exec>>;
+}
+
+/// A compiled graph: planned once, run many times, without allocation in a run.
+pub trait Exec: Send {
+    /// The graph that was compiled.
+    fn graph(&self) -> &Graph;
+
+    /// Where everything lives.
+    fn memory(&self) -> &Memory;
+
+    /// Sets a tensor.
+    ///
+    /// # Errors
+    /// The length differs from the tensor's, or the device is lost.
+    fn write(&mut self, t: Tid, data: &[f32]) -> Result<()>;
+
+    /// Sets a uint32 tensor.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write).
+    fn write_u32(&mut self, t: Tid, data: &[u32]) -> Result<()>;
+
+    /// Reads a tensor: an input, parameter or state, or a temporary that was marked to be kept.
+    ///
+    /// # Errors
+    /// The device is lost.
+    fn read(&mut self, t: Tid) -> Result<Vec<f32>>;
+
+    /// Reads a uint32 tensor.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    fn read_u32(&mut self, t: Tid) -> Result<Vec<u32>>;
+
+    /// Runs the nodes of `phases`, in the graph's order.
+    ///
+    /// # Errors
+    /// The device is lost or a kernel failed.
+    fn run(&mut self, phases: &[Phase]) -> Result<()>;
+
+    /// Runs the nodes of `phases` and returns the time each took, by node.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run), or the device cannot time.
+    fn run_timed(&mut self, phases: &[Phase]) -> Result<Vec<(usize, Duration)>>;
+}
+
+/// The backend called `name` (`cpu` or `wgpu`), never another in its place.
+///
+/// # Errors
+/// The name is unknown, or the backend has no device here: the message says what is missing and how to get it.
+pub fn open(name: &str) -> Result<Box<dyn Backend>> {
+    match name {
+        "cpu" => Ok(Box::new(cpu::Cpu::new())),
+        "wgpu" => wgpu::open(),
+        other => Err(Error::input(format!(
+            "no backend is called {other}; there are cpu and wgpu"
+        ))),
+    }
+}

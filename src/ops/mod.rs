@@ -1,1 +1,173 @@
-//! ops
+//! The op rooms. An op is the unit of extension: its definition, float64 reference, backward rule, CPU, WGSL and CUDA
+//! launch code and its test and bench cases stand together in one room.
+//!
+//! To add one: a room here, `shaders/NAME.wgsl`, `kernels/NAME.cu`, and a line in [`ROOMS`]. `check` and the tests then
+//! run its cases on every backend against the reference, and the reference's gradients against finite differences.
+
+pub mod act;
+pub mod case;
+pub mod check;
+pub mod elementwise;
+pub mod reference;
+
+use crate::backend::cpu::{CpuCx, CpuKernel};
+use crate::backend::wgpu::WgpuCx;
+use crate::graph::autodiff::{Backward, Fwd};
+use crate::graph::{Node, Spec};
+use crate::{Error, Result};
+pub use case::{Case, Fill, Params};
+pub use reference::Host;
+use std::fmt::Debug;
+
+/// Floating-point operations and compulsory memory traffic of one node.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct Cost {
+    /// A multiply-add is 2.
+    pub flops: u64,
+    /// Every operand read once and every result written once.
+    pub bytes: u64,
+}
+
+/// One kind of node. Its attributes are the fields of the type that implements this.
+pub trait Op: Debug + Send + Sync + 'static {
+    /// `conv2d`, `conv2d_dgrad`: unique over all rooms.
+    fn name(&self) -> &'static str;
+
+    /// The shape rule: the results' specs.
+    ///
+    /// # Errors
+    /// A sentence part (after the op's name) that says which operand does not fit and why.
+    fn infer(&self, x: &[Spec]) -> Result<Vec<Spec>, String>;
+
+    /// `(output, input)` pairs that are one and the same persistent tensor, updated in place.
+    fn updates(&self) -> &'static [(usize, usize)] {
+        &[]
+    }
+
+    /// FLOPs and compulsory bytes. The default counts one operation per result element.
+    fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {
+        let flops = y.iter().map(|s| s.len() as u64).sum();
+        Cost {
+            flops,
+            bytes: traffic(x, y),
+        }
+    }
+
+    /// Appends the backward nodes of one forward node.
+    ///
+    /// # Errors
+    /// The op has no derivative (the default), or a shape rule does not hold.
+    fn backward(&self, _node: &Fwd, _b: &mut Backward) -> Result<()> {
+        Err(Error::run(format!("{} has no backward rule", self.name())))
+    }
+
+    /// The naive float64 definition that every kernel is held to. `y` has the results' shapes; an updated result
+    /// comes in holding the operand's value.
+    fn reference(&self, x: &[&Host], y: &mut [Host]);
+
+    /// The CPU kernel for these shapes.
+    ///
+    /// # Errors
+    /// A variant that does not support them was asked for.
+    fn cpu(&self, cx: &mut CpuCx) -> Result<CpuKernel>;
+
+    /// The WGSL launches for these shapes.
+    ///
+    /// # Errors
+    /// The shapes are beyond the adapter's limits.
+    fn wgpu(&self, _cx: &mut WgpuCx) -> Result<()> {
+        Err(Error::run(format!("{} has no WGSL kernel", self.name())))
+    }
+
+    /// Names of the kernel variants that the CPU backend has for this op; the first is the default rule's.
+    fn cpu_variants(&self) -> &'static [&'static str] {
+        &["auto"]
+    }
+
+    /// Names of the kernel variants that the wgpu backend has for this op.
+    fn wgpu_variants(&self) -> &'static [&'static str] {
+        &["auto"]
+    }
+
+    /// For the fusion pass, which looks at concrete ops.
+    fn as_any(&self) -> &dyn std::any::Any;
+}
+
+impl dyn Op {
+    /// The op as its concrete type, where it is that.
+    pub fn downcast<T: Op>(&self) -> Option<&T> {
+        self.as_any().downcast_ref()
+    }
+}
+
+impl Node {
+    /// The node's op as its concrete type, where it is that.
+    pub fn op_as<T: Op>(&self) -> Option<&T> {
+        self.op.downcast()
+    }
+}
+
+/// Bytes of reading every operand and writing every result once.
+pub fn traffic(x: &[Spec], y: &[Spec]) -> u64 {
+    x.iter().chain(y).map(|s| 4 * s.len() as u64).sum()
+}
+
+/// What a room shows to `check`, `bench` and the tests.
+pub struct Room {
+    /// `conv2d`: the name of the folder and of its case strings.
+    pub name: &'static str,
+    /// One line: what it computes.
+    pub about: &'static str,
+    /// Builds the op and its operands from a case's parameters (`n=2,h=14,...`).
+    pub case: fn(&mut Params) -> Result<Case>,
+    /// Parameter strings that `check` and the tests run: edge shapes first, then model shapes.
+    pub cases: &'static [&'static str],
+    /// Parameter strings that `bench` times by default.
+    pub bench: &'static [&'static str],
+    /// Parameter strings that the shape rule must refuse.
+    pub refused: &'static [&'static str],
+}
+
+/// Every room. One line each.
+pub const ROOMS: &[&Room] = &[&elementwise::ADD, &act::ROOM];
+
+/// The room called `name`.
+///
+/// # Errors
+/// There is none: the message lists them.
+pub fn room(name: &str) -> Result<&'static Room> {
+    ROOMS
+        .iter()
+        .copied()
+        .find(|r| r.name == name)
+        .ok_or_else(|| {
+            let all: Vec<&str> = ROOMS.iter().map(|r| r.name).collect();
+            Error::input(format!(
+                "no op is called {name}; there are {}",
+                all.join(", ")
+            ))
+        })
+}
+
+/// Implements the parts of [`Op`] that are the same everywhere.
+#[macro_export]
+macro_rules! op_common {
+    ($name:literal) => {
+        fn name(&self) -> &'static str {
+            $name
+        }
+        fn as_any(&self) -> &dyn std::any::Any {
+            self
+        }
+    };
+}
+
+/// Checks in a shape rule: `ensure!(cond, "message {}", x)` returns the message as the rule's error.
+#[macro_export]
+macro_rules! ensure {
+    ($cond:expr, $($message:tt)*) => {
+        if !$cond {
+            return Err(format!($($message)*));
+        }
+    };
+}

@@ -1,0 +1,365 @@
+//! The CPU backend: runs anywhere, on the threads of rayon's current pool.
+
+pub mod par;
+
+use super::{Backend, CompileOptions, Exec};
+use crate::graph::plan::{Limits, Memory, Place};
+use crate::graph::{Graph, Phase, Spec, Tid};
+use crate::{Error, Result};
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// A kernel bound to shapes; it is given the operands' memory at each run.
+pub type CpuKernel = Box<dyn Fn(&Args) + Send + Sync>;
+
+/// What an op sees when its CPU kernel is made.
+#[derive(Debug)]
+pub struct CpuCx<'a> {
+    /// Operand specs.
+    pub x: &'a [Spec],
+    /// Result specs.
+    pub y: &'a [Spec],
+    /// The variant that was asked for; `None` leaves it to the op's rule.
+    pub variant: Option<&'a str>,
+    workspace: usize,
+}
+
+impl<'a> CpuCx<'a> {
+    /// For operands `x` and results `y`.
+    pub fn new(x: &'a [Spec], y: &'a [Spec], variant: Option<&'a str>) -> Self {
+        CpuCx {
+            x,
+            y,
+            variant,
+            workspace: 0,
+        }
+    }
+
+    /// Asks for `floats` of scratch, planned by lifetime; [`Args::work`] gives it. Contents are undefined.
+    pub fn workspace(&mut self, floats: usize) {
+        self.workspace = self.workspace.max(floats);
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Slot {
+    ptr: *mut f32,
+    len: usize,
+}
+
+/// The memory of one launch.
+///
+/// The planner gives results and workspace memory that no operand of the same node overlaps, except results that an
+/// op declares as [updates](crate::ops::Op::updates) of an operand: such an operand must be reached by
+/// [`y`](Self::y) only.
+#[derive(Debug)]
+pub struct Args<'a> {
+    x: &'a [Slot],
+    y: &'a [Slot],
+    work: Slot,
+}
+
+// The slots point into arenas that the executor owns and that outlive the launch.
+unsafe impl Sync for Args<'_> {}
+unsafe impl Send for Slot {}
+unsafe impl Sync for Slot {}
+
+impl<'a> Args<'a> {
+    /// Operand `i`.
+    pub fn x(&self, i: usize) -> &'a [f32] {
+        let s = self.x[i];
+        // SAFETY: the slot lies in a live arena, and nothing writes an operand during the launch (see the type).
+        unsafe { std::slice::from_raw_parts(s.ptr, s.len) }
+    }
+
+    /// Operand `i` where the op has one there.
+    pub fn x_if(&self, present: bool, i: usize) -> Option<&'a [f32]> {
+        present.then(|| self.x(i))
+    }
+
+    /// Operand `i` as uint32.
+    pub fn xu(&self, i: usize) -> &'a [u32] {
+        bytemuck::cast_slice(self.x(i))
+    }
+
+    /// Result `i`. Call it once per result and launch: two live slices of one result would alias.
+    #[allow(clippy::mut_from_ref)] // disjointness is the planner's promise, see the type
+    pub fn y(&self, i: usize) -> &'a mut [f32] {
+        let s = self.y[i];
+        // SAFETY: the slot lies in a live arena and is disjoint from the other slots of this launch (see the type).
+        unsafe { std::slice::from_raw_parts_mut(s.ptr, s.len) }
+    }
+
+    /// Result `i` as uint32.
+    #[allow(clippy::mut_from_ref)]
+    pub fn yu(&self, i: usize) -> &'a mut [u32] {
+        bytemuck::cast_slice_mut(self.y(i))
+    }
+
+    /// The workspace, as long as was asked for.
+    #[allow(clippy::mut_from_ref)]
+    pub fn work(&self) -> &'a mut [f32] {
+        // SAFETY: as for `y`.
+        unsafe { std::slice::from_raw_parts_mut(self.work.ptr, self.work.len) }
+    }
+}
+
+/// Zeroed memory at 64-byte boundaries; pages that nobody touches cost nothing.
+#[derive(Debug)]
+struct Arena {
+    ptr: *mut f32,
+    layout: Layout,
+}
+
+unsafe impl Send for Arena {}
+
+impl Arena {
+    fn new(elements: usize) -> Result<Self> {
+        let layout = Layout::from_size_align(elements.max(16) * 4, 64).map_err(|_| {
+            Error::run(format!(
+                "the plan wants {elements} elements of memory, more than there can be"
+            ))
+        })?;
+        // SAFETY: the layout has a non-zero size.
+        let ptr = unsafe { alloc_zeroed(layout) };
+        if ptr.is_null() {
+            handle_alloc_error(layout);
+        }
+        Ok(Arena {
+            ptr: ptr.cast(),
+            layout,
+        })
+    }
+
+    fn slot(&self, p: Place) -> Slot {
+        // SAFETY: the planner's places lie inside their arena.
+        Slot {
+            ptr: unsafe { self.ptr.add(p.offset) },
+            len: p.len,
+        }
+    }
+}
+
+impl Drop for Arena {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `new` with this layout.
+        unsafe { dealloc(self.ptr.cast(), self.layout) }
+    }
+}
+
+/// The CPU.
+#[derive(Debug, Default)]
+pub struct Cpu;
+
+impl Cpu {
+    /// The CPU backend; it is always there.
+    pub fn new() -> Self {
+        Cpu
+    }
+}
+
+impl Backend for Cpu {
+    fn name(&self) -> &'static str {
+        "cpu"
+    }
+
+    fn device(&self) -> String {
+        format!("{}, {} threads", processor(), rayon::current_num_threads())
+    }
+
+    fn compile(&self, graph: Arc<Graph>, options: &CompileOptions) -> Result<Box<dyn Exec>> {
+        let mut kernels = Vec::with_capacity(graph.nodes.len());
+        let mut work = Vec::with_capacity(graph.nodes.len());
+        for node in &graph.nodes {
+            let (x, y) = graph.node_specs(node);
+            let variant = options.variants.get(node.op.name()).map(String::as_str);
+            let mut cx = CpuCx::new(&x, &y, variant);
+            kernels.push(node.op.cpu(&mut cx).map_err(|e| e.context(&node.scope))?);
+            work.push(cx.workspace);
+        }
+        let memory = Memory::plan(
+            &graph,
+            &work,
+            Limits {
+                align: 16,
+                max_arena: usize::MAX,
+            },
+        );
+        let arenas = memory
+            .arenas
+            .iter()
+            .map(|&n| Arena::new(n))
+            .collect::<Result<Vec<_>>>()?;
+        let none = Slot {
+            ptr: std::ptr::NonNull::dangling().as_ptr(),
+            len: 0,
+        };
+        let slot = |p: Option<Place>| p.map_or(none, |p| arenas[p.arena].slot(p));
+        let launches = kernels
+            .into_iter()
+            .enumerate()
+            .map(|(i, kernel)| Launch {
+                kernel,
+                x: graph.nodes[i]
+                    .inputs
+                    .iter()
+                    .map(|&t| slot(memory.place(t)))
+                    .collect(),
+                y: graph.nodes[i]
+                    .outputs
+                    .iter()
+                    .map(|&t| slot(memory.place(t)))
+                    .collect(),
+                work: slot(memory.work[i]),
+            })
+            .collect();
+        Ok(Box::new(CpuExec {
+            graph,
+            memory,
+            arenas,
+            launches,
+            poison: options.poison,
+        }))
+    }
+}
+
+struct Launch {
+    kernel: CpuKernel,
+    x: Vec<Slot>,
+    y: Vec<Slot>,
+    work: Slot,
+}
+
+struct CpuExec {
+    graph: Arc<Graph>,
+    memory: Memory,
+    arenas: Vec<Arena>,
+    launches: Vec<Launch>,
+    poison: bool,
+}
+
+impl CpuExec {
+    #[allow(clippy::mut_from_ref)]
+    fn slice(&self, t: Tid) -> Result<&mut [f32]> {
+        let place = self.memory.place(t).ok_or_else(|| {
+            Error::run(format!(
+                "{} is not used by the graph and has no memory",
+                self.graph.tensor(t).name
+            ))
+        })?;
+        let s = self.arenas[place.arena].slot(place);
+        // SAFETY: inside a live arena; callers hold `&mut self` or only copy out.
+        Ok(unsafe { std::slice::from_raw_parts_mut(s.ptr, s.len) })
+    }
+
+    fn set(&mut self, t: Tid, data: &[f32]) -> Result<()> {
+        let to = self.slice(t)?;
+        if to.len() != data.len() {
+            let name = &self.graph.tensor(t).name;
+            return Err(Error::run(format!(
+                "{name} has {} elements, {} were given",
+                to.len(),
+                data.len()
+            )));
+        }
+        to.copy_from_slice(data);
+        Ok(())
+    }
+
+    fn each(&mut self, phases: &[Phase], mut after: impl FnMut(usize)) {
+        for (i, node) in self
+            .graph
+            .nodes
+            .iter()
+            .enumerate()
+            .filter(|(_, n)| phases.contains(&n.phase))
+        {
+            let l = &self.launches[i];
+            if self.poison {
+                let updates = node.op.updates();
+                for (k, y) in
+                    l.y.iter()
+                        .enumerate()
+                        .filter(|(k, _)| !updates.iter().any(|u| u.0 == *k))
+                {
+                    debug_assert!(k < l.y.len());
+                    // SAFETY: results of this launch, about to be written by it.
+                    unsafe { std::slice::from_raw_parts_mut(y.ptr, y.len) }.fill(f32::NAN);
+                }
+                // SAFETY: workspace of this launch.
+                unsafe { std::slice::from_raw_parts_mut(l.work.ptr, l.work.len) }.fill(f32::NAN);
+            }
+            (l.kernel)(&Args {
+                x: &l.x,
+                y: &l.y,
+                work: l.work,
+            });
+            after(i);
+        }
+    }
+}
+
+impl Exec for CpuExec {
+    fn graph(&self) -> &Graph {
+        &self.graph
+    }
+
+    fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    fn write(&mut self, t: Tid, data: &[f32]) -> Result<()> {
+        self.set(t, data)
+    }
+
+    fn write_u32(&mut self, t: Tid, data: &[u32]) -> Result<()> {
+        self.set(t, bytemuck::cast_slice(data))
+    }
+
+    fn read(&mut self, t: Tid) -> Result<Vec<f32>> {
+        Ok(self.slice(t)?.to_vec())
+    }
+
+    fn read_u32(&mut self, t: Tid) -> Result<Vec<u32>> {
+        Ok(bytemuck::cast_slice(self.slice(t)?).to_vec())
+    }
+
+    fn run(&mut self, phases: &[Phase]) -> Result<()> {
+        self.each(phases, |_| ());
+        Ok(())
+    }
+
+    fn run_timed(&mut self, phases: &[Phase]) -> Result<Vec<(usize, Duration)>> {
+        let mut times = vec![];
+        let mut last = Instant::now();
+        self.each(phases, |i| {
+            let now = Instant::now();
+            times.push((i, now - last));
+            last = now;
+        });
+        Ok(times)
+    }
+}
+
+/// The processor's name and vector extensions.
+fn processor() -> String {
+    let name = std::fs::read_to_string("/proc/cpuinfo").ok().and_then(|s| {
+        let line = s.lines().find(|l| l.starts_with("model name"))?;
+        Some(line.split_once(':')?.1.trim().to_string())
+    });
+    let name = name.unwrap_or_else(|| std::env::consts::ARCH.to_string());
+    #[cfg(target_arch = "x86_64")]
+    {
+        let simd = if is_x86_feature_detected!("avx512f") {
+            "AVX-512"
+        } else if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            "AVX2"
+        } else {
+            "SSE2"
+        };
+        format!("{name} ({simd})")
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    name
+}

@@ -1,0 +1,393 @@
+//! `check`: every case of every room on a backend against the float64 reference, forward and backward, and the
+//! reference's own gradients against central differences.
+
+use super::Room;
+use super::case::{Case, Fill, Operand};
+use super::reference::{Host, Values, fetch, interpret, store};
+use crate::backend::{Backend, CompileOptions};
+use crate::graph::{DType, Graph, Kind, Phase, Tid};
+use crate::philox::Philox;
+use crate::{Error, Result};
+use std::sync::Arc;
+
+/// Largest error allowed in float32, relative to the reference tensor's scale (its root mean square and, per element,
+/// its own size), before the allowance for the length of sums.
+pub const F32_TOLERANCE: f64 = 2e-6;
+
+/// One compared tensor.
+#[derive(Clone, Debug)]
+pub struct Finding {
+    /// `y0`, `d1` (gradient of operand 1).
+    pub tensor: String,
+    /// Worst error over its allowance; at most 1 passes. NaN where a NaN or infinity stands in the wrong place.
+    pub worst: f64,
+    /// Where.
+    pub index: usize,
+    /// What the backend gave there.
+    pub got: f64,
+    /// What the reference says.
+    pub want: f64,
+}
+
+impl Finding {
+    /// Within the tolerance.
+    pub fn ok(&self) -> bool {
+        self.worst <= 1.0
+    }
+}
+
+/// A case as a graph: forward, cotangents, backward.
+pub struct CaseGraph {
+    /// The graph.
+    pub graph: Arc<Graph>,
+    /// Its inputs with their values (operands and cotangents).
+    pub inputs: Vec<(Tid, Vec<f32>, DType)>,
+    /// What is compared, with its name.
+    pub outputs: Vec<(String, Tid)>,
+    /// Operands that are differentiated, with their gradients.
+    pub grads: Vec<(usize, Tid, Tid)>,
+    /// Differentiable results with their cotangents.
+    pub cotangents: Vec<(Tid, Tid)>,
+}
+
+/// The seed of a case: its name's hash (FNV-1a), so that a case always has the same values.
+pub fn seed_of(name: &str) -> u64 {
+    name.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| {
+        (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3)
+    })
+}
+
+fn fill(o: &Operand, seed: u64, stream: u32) -> Vec<f32> {
+    let n = o.spec.len();
+    let mut rng = Philox::new(seed, stream);
+    match &o.fill {
+        Fill::Normal(scale) => (0..n).map(|_| rng.normal() * scale).collect(),
+        Fill::Uniform(a, b) => (0..n).map(|_| a + (b - a) * rng.uniform()).collect(),
+        Fill::Labels(classes) => (0..n)
+            .map(|_| f32::from_bits(rng.below(*classes)))
+            .collect(),
+        Fill::F32(v) => v.clone(),
+        Fill::U32(v) => v.iter().map(|&u| f32::from_bits(u)).collect(),
+    }
+}
+
+/// Builds the graph of a case.
+///
+/// # Errors
+/// A shape rule does not hold, or a backward rule is missing.
+pub fn case_graph(case: &Case, seed: u64) -> Result<CaseGraph> {
+    let mut g = Graph::new();
+    let mut inputs = vec![];
+    let updates = case.op.updates();
+    let mut ids = vec![];
+    for (i, o) in case.operands.iter().enumerate() {
+        let t = g.input(format!("x{i}"), o.spec.clone());
+        g.tensor_mut(t).keep = true;
+        inputs.push((t, fill(o, seed, i as u32), o.spec.dtype));
+        ids.push(t);
+    }
+    let outs = g.push_arc(case.op.clone(), &ids)?;
+    let mut outputs = vec![];
+    for (i, &t) in outs.iter().enumerate() {
+        g.keep(t);
+        outputs.push((format!("y{i}"), t));
+    }
+    let mut cotangents = vec![];
+    for &k in &case.differentiable {
+        let spec = g.spec(outs[k]).clone();
+        let c = g.input(format!("cotangent{k}"), spec.clone());
+        let o = Operand {
+            spec,
+            fill: Fill::Normal(1.0),
+            grad: false,
+        };
+        inputs.push((c, fill(&o, seed, 1000 + k as u32), DType::F32));
+        cotangents.push((outs[k], c));
+    }
+    let mut grads = vec![];
+    if !cotangents.is_empty() {
+        let wanted: Vec<Tid> = case
+            .operands
+            .iter()
+            .zip(&ids)
+            .filter(|(o, _)| o.grad)
+            .map(|(_, &t)| t)
+            .collect();
+        let found = g.backward_from(&cotangents, &wanted)?;
+        for (i, (o, t)) in case.operands.iter().zip(&ids).enumerate() {
+            if !o.grad {
+                continue;
+            }
+            let d = *found.get(t).ok_or_else(|| {
+                Error::run(format!("no gradient for operand {i} of {}", case.op.name()))
+            })?;
+            g.keep(d);
+            outputs.push((format!("d{i}"), d));
+            grads.push((i, *t, d));
+        }
+    }
+    debug_assert!(
+        updates
+            .iter()
+            .all(|u| g.tensor(outs[u.0]).kind == Kind::Input)
+    );
+    Ok(CaseGraph {
+        graph: Arc::new(g),
+        inputs,
+        outputs,
+        grads,
+        cotangents,
+    })
+}
+
+impl CaseGraph {
+    /// The inputs in float64.
+    pub fn values(&self) -> Values {
+        let mut v = Values::new();
+        for (t, data, dtype) in &self.inputs {
+            let shape = self.graph.shape(*t);
+            let data = match dtype {
+                DType::F32 => data.iter().map(|&x| f64::from(x)).collect(),
+                DType::U32 => data.iter().map(|x| f64::from(x.to_bits())).collect(),
+            };
+            v.insert(
+                *t,
+                Host {
+                    shape: shape.to_vec(),
+                    data,
+                },
+            );
+        }
+        v
+    }
+
+    /// Everything computed by the references.
+    pub fn reference(&self) -> Values {
+        let mut v = self.values();
+        interpret(&self.graph, &[Phase::Forward, Phase::Backward], &mut v);
+        v
+    }
+}
+
+/// Compares `got` with `want`: places of NaN and infinity first, then `!(error <= allowance)`.
+pub fn compare(tensor: &str, got: &[f64], want: &[f64], tolerance: f64) -> Finding {
+    let finite: Vec<f64> = want.iter().copied().filter(|v| v.is_finite()).collect();
+    let rms = (finite.iter().map(|v| v * v).sum::<f64>() / finite.len().max(1) as f64).sqrt();
+    let mut worst = Finding {
+        tensor: tensor.into(),
+        worst: 0.0,
+        index: 0,
+        got: 0.0,
+        want: 0.0,
+    };
+    for (i, (&g, &w)) in got.iter().zip(want).enumerate() {
+        let ratio = if w.is_nan() || w.is_infinite() {
+            if g == w || (g.is_nan() && w.is_nan()) {
+                0.0
+            } else {
+                f64::NAN
+            }
+        } else {
+            (g - w).abs() / (tolerance * (rms + w.abs()) + 1e-30)
+        };
+        if !(ratio <= worst.worst) {
+            worst = Finding {
+                tensor: tensor.into(),
+                worst: ratio,
+                index: i,
+                got: g,
+                want: w,
+            };
+            if ratio.is_nan() {
+                break;
+            }
+        }
+    }
+    worst
+}
+
+/// Runs one case on a backend and compares every result and gradient with the reference.
+///
+/// # Errors
+/// The case cannot be built or the backend fails. A wrong value is a [`Finding`], not an error.
+pub fn run_case(
+    room: &Room,
+    params: &str,
+    backend: &dyn Backend,
+    options: &CompileOptions,
+) -> Result<Vec<Finding>> {
+    let case = room.build(params)?;
+    let cg = case_graph(&case, seed_of(&format!("{}({params})", room.name)))?;
+    let reference = cg.reference();
+    let mut exec = backend.compile(cg.graph.clone(), options)?;
+    for (t, data, dtype) in &cg.inputs {
+        if exec.memory().place(*t).is_none() {
+            continue;
+        }
+        match dtype {
+            DType::F32 => exec.write(*t, data)?,
+            DType::U32 => exec.write_u32(*t, bytemuck::cast_slice(data))?,
+        }
+    }
+    exec.run(&[Phase::Forward, Phase::Backward])?;
+    // Sums of k terms in float32 drift like sqrt(k); the longest sum of an op is bounded by its FLOPs per result.
+    let terms = cg.graph.nodes.iter().map(|n| {
+        let (_, y) = cg.graph.node_specs(n);
+        let smallest = y.iter().map(|s| s.len()).max().unwrap_or(1).max(1);
+        cg.graph.node_cost(n).flops as f64 / smallest as f64
+    });
+    let tolerance = F32_TOLERANCE * terms.fold(1.0, f64::max).sqrt().max(1.0);
+    let mut findings = vec![];
+    for (name, t) in &cg.outputs {
+        let want = fetch(&cg.graph, &reference, *t);
+        let got: Vec<f64> = match cg.graph.spec(*t).dtype {
+            DType::F32 => exec.read(*t)?.iter().map(|&v| f64::from(v)).collect(),
+            DType::U32 => exec.read_u32(*t)?.iter().map(|&v| f64::from(v)).collect(),
+        };
+        if want.data.len() > 4 && want.data.iter().all(|&v| v == 0.0) {
+            return Err(Error::run(format!(
+                "the reference of {}({params}) gives only zeros for {name}",
+                room.name
+            )));
+        }
+        findings.push(compare(name, &got, &want.data, tolerance));
+    }
+    Ok(findings)
+}
+
+/// Holds the reference's gradients of one case to central differences of `v . f(x)` along random directions, one per
+/// differentiated operand plus single elements.
+///
+/// # Errors
+/// The case cannot be built. A wrong gradient is a [`Finding`].
+pub fn check_gradients(room: &Room, params: &str) -> Result<Vec<Finding>> {
+    let case = room.build(params)?;
+    let seed = seed_of(&format!("{}({params})", room.name));
+    let cg = case_graph(&case, seed)?;
+    let at = cg.reference();
+    let dot = |values: &Values| -> f64 {
+        cg.cotangents
+            .iter()
+            .map(|&(y, c)| {
+                let (y, c) = (fetch(&cg.graph, values, y), fetch(&cg.graph, values, c));
+                y.data.iter().zip(&c.data).map(|(a, b)| a * b).sum::<f64>()
+            })
+            .sum()
+    };
+    let mut findings = vec![];
+    for &(i, x, d) in &cg.grads {
+        let grad = fetch(&cg.graph, &at, d);
+        let base = fetch(&cg.graph, &cg.values(), x);
+        let mut rng = Philox::new(seed, 5000 + i as u32);
+        let mut probes: Vec<Vec<f64>> = (0..2)
+            .map(|_| base.data.iter().map(|_| f64::from(rng.normal())).collect())
+            .collect();
+        for _ in 0..2 {
+            let mut e = vec![0.0; base.data.len()];
+            e[rng.below(base.data.len() as u32) as usize] = 1.0;
+            probes.push(e);
+        }
+        let norm = grad.data.iter().map(|v| v * v).sum::<f64>().sqrt();
+        for p in &probes {
+            let side = |sign: f64| {
+                let mut v = cg.values();
+                let mut moved = base.clone();
+                for (m, p) in moved.data.iter_mut().zip(p) {
+                    *m += sign * case.step * p;
+                }
+                store(&cg.graph, &mut v, x, moved);
+                interpret(&cg.graph, &[Phase::Forward], &mut v);
+                dot(&v)
+            };
+            let numeric = (side(1.0) - side(-1.0)) / (2.0 * case.step);
+            let analytic: f64 = grad.data.iter().zip(p).map(|(a, b)| a * b).sum();
+            let scale = 1e-5 * (norm * p.iter().map(|v| v * v).sum::<f64>().sqrt() + 1e-6);
+            findings.push(Finding {
+                tensor: format!("d{i}"),
+                worst: (numeric - analytic).abs() / scale,
+                index: 0,
+                got: analytic,
+                want: numeric,
+            });
+        }
+    }
+    Ok(findings)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::ROOMS;
+
+    fn report(problems: &[String]) {
+        assert!(
+            problems.is_empty(),
+            "{} problems:\n{}",
+            problems.len(),
+            problems.join("\n")
+        );
+    }
+
+    fn all_cases(mut f: impl FnMut(&Room, &str) -> Result<Vec<Finding>>) {
+        let mut problems = vec![];
+        let only = std::env::var("TILEWRIGHT_CASE").unwrap_or_default();
+        for room in ROOMS {
+            for params in room.cases {
+                let name = format!("{}({params})", room.name);
+                if !name.contains(&only) {
+                    continue;
+                }
+                match f(room, params) {
+                    Ok(findings) => {
+                        for w in findings.iter().filter(|w| !w.ok()) {
+                            problems.push(format!(
+                                "{name} {}: error {:.3} of the allowance at {}: {} for {}",
+                                w.tensor, w.worst, w.index, w.got, w.want
+                            ));
+                        }
+                    }
+                    Err(e) => problems.push(format!("{name}: {e}")),
+                }
+            }
+        }
+        report(&problems);
+    }
+
+    #[test]
+    fn reference_gradients_follow_central_differences() {
+        all_cases(check_gradients);
+    }
+
+    #[test]
+    fn cpu_follows_the_reference() {
+        let options = CompileOptions {
+            poison: true,
+            ..Default::default()
+        };
+        let cpu = crate::backend::open("cpu").unwrap();
+        all_cases(|room, params| run_case(room, params, cpu.as_ref(), &options));
+    }
+
+    #[test]
+    fn shape_rules_refuse() {
+        for room in ROOMS {
+            for params in room.refused {
+                assert!(
+                    room.build(params).is_err(),
+                    "{}({params}) was accepted",
+                    room.name
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn comparison_sees_nan_and_infinity_by_place() {
+        let ok = |g: &[f64], w: &[f64]| compare("t", g, w, 1e-6).ok();
+        assert!(ok(&[1.0, f64::NAN], &[1.0, f64::NAN]));
+        assert!(!ok(&[f64::NAN, 1.0], &[1.0, 1.0]));
+        assert!(!ok(&[1.0, 1.0], &[1.0, f64::NAN]));
+        assert!(!ok(&[f64::INFINITY], &[f64::NEG_INFINITY]));
+        assert!(!ok(&[1.00001, 1.0], &[1.0, 1.0]));
+    }
+}

@@ -1,0 +1,105 @@
+//! Elementwise sums: `y = a + b`, with ReLU on the way out where fused.
+
+use super::{Case, Cost, Host, Op, Room, traffic};
+use crate::backend::cpu::{CpuCx, CpuKernel, par};
+use crate::graph::autodiff::{Backward, Fwd};
+use crate::graph::{Graph, Spec, Tid};
+use crate::ops::act::{Act, ActBwd};
+use crate::{Result, ensure, op_common};
+
+/// `y = a + b`, then ReLU where `relu`. Any shape; both operands the same.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Add {
+    /// ReLU follows.
+    pub relu: bool,
+}
+
+impl Add {
+    /// A sum.
+    pub fn new(relu: bool) -> Self {
+        Add { relu }
+    }
+}
+
+impl Op for Add {
+    op_common!("add");
+
+    fn infer(&self, x: &[Spec]) -> Result<Vec<Spec>, String> {
+        ensure!(x.len() == 2, "takes two operands");
+        ensure!(
+            x[0] == x[1],
+            "adds {:?} to {:?}: the shapes differ",
+            x[1].shape,
+            x[0].shape
+        );
+        Ok(vec![x[0].clone()])
+    }
+
+    fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {
+        Cost {
+            flops: y[0].len() as u64,
+            bytes: traffic(x, y),
+        }
+    }
+
+    fn backward(&self, node: &Fwd, b: &mut Backward) -> Result<()> {
+        let mut dy = b.need(node.outputs[0])?;
+        if self.relu {
+            dy = b.emit1(ActBwd { act: Act::Relu }, &[dy, node.outputs[0]])?;
+        }
+        b.give(node.inputs[0], dy)?;
+        b.give(node.inputs[1], dy)
+    }
+
+    fn reference(&self, x: &[&Host], y: &mut [Host]) {
+        for (i, v) in y[0].data.iter_mut().enumerate() {
+            *v = x[0].data[i] + x[1].data[i];
+            if self.relu {
+                *v = v.max(0.0);
+            }
+        }
+    }
+
+    fn cpu(&self, _cx: &mut CpuCx) -> Result<CpuKernel> {
+        let relu = self.relu;
+        Ok(Box::new(move |a| {
+            if relu {
+                par::map2(a.x(0), a.x(1), a.y(0), |a, b| (a + b).max(0.0));
+            } else {
+                par::map2(a.x(0), a.x(1), a.y(0), |a, b| a + b);
+            }
+        }))
+    }
+}
+
+impl Graph {
+    /// `a + b`.
+    ///
+    /// # Errors
+    /// The shapes differ.
+    pub fn add(&mut self, a: Tid, b: Tid) -> Result<Tid> {
+        self.push1(Add::new(false), &[a, b])
+    }
+}
+
+/// The room of [`Add`].
+pub const ADD: Room = Room {
+    name: "add",
+    about: "y = a + b, with ReLU where fused",
+    case: |p| {
+        let shape = [p.get("n", 2)?, p.get("c", 8)?];
+        Ok(Case::new(Add {
+            relu: p.flag("relu")?,
+        })
+        .x(&shape)
+        .x(&shape))
+    },
+    cases: &[
+        "n=1,c=1",
+        "n=3,c=5,relu=1",
+        "n=7,c=1031",
+        "n=64,c=4097,relu=1",
+    ],
+    bench: &["n=128,c=16384"],
+    refused: &[],
+};
