@@ -5,7 +5,7 @@ pub mod runlog;
 pub mod table;
 
 use crate::{Error, Result};
-use std::io::Write;
+use std::io::{BufWriter, Write};
 use std::path::Path;
 
 /// Writes `bytes` to `path` whole or not at all: a temporary file beside it, fsync, rename, fsync of the folder.
@@ -13,13 +13,36 @@ use std::path::Path;
 /// # Errors
 /// [`Error::Run`] naming the path where the disk is full or the folder cannot be written.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
+    write_atomic_with(path, |file| {
+        file.write_all(bytes).map_err(|e| Error::writing(path, e))
+    })
+}
+
+/// As [`write_atomic`], for what is too large to hold: `write` streams into a buffered temporary file. Where it
+/// fails, the file at `path` stays as it was.
+///
+/// # Errors
+/// What `write` returns, and as [`write_atomic`].
+pub fn write_atomic_with(
+    path: &Path,
+    write: impl FnOnce(&mut dyn Write) -> Result<()>,
+) -> Result<()> {
     let dir = match path.parent() {
         Some(d) if !d.as_os_str().is_empty() => d,
         _ => Path::new("."),
     };
     let fail = |e| Error::writing(path, e);
-    let mut file = tempfile::NamedTempFile::new_in(dir).map_err(fail)?;
-    file.write_all(bytes).map_err(fail)?;
+    let mut builder = tempfile::Builder::new();
+    #[cfg(unix)]
+    {
+        // As any new file: the umask decides. A temporary file's own mode would lock everyone else out.
+        use std::os::unix::fs::PermissionsExt;
+        builder.permissions(std::fs::Permissions::from_mode(0o666));
+    }
+    let file = builder.tempfile_in(dir).map_err(fail)?;
+    let mut buffered = BufWriter::with_capacity(1 << 20, file);
+    write(&mut buffered)?;
+    let file = buffered.into_inner().map_err(|e| fail(e.into_error()))?;
     file.as_file().sync_all().map_err(fail)?;
     file.persist(path)
         .map_err(|e| Error::writing(path, e.error))?;
