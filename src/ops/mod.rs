@@ -7,6 +7,7 @@
 pub mod act;
 pub mod case;
 pub mod check;
+pub mod conv2d;
 pub mod elementwise;
 pub mod reference;
 

@@ -1,6 +1,16 @@
 //! The CPU backend: runs anywhere, on the threads of rayon's current pool.
 
+mod epilogue;
+pub mod gemm;
+pub mod kernel;
+pub(crate) mod pack;
 pub mod par;
+pub(crate) mod parallel;
+pub(crate) mod scratch;
+mod simd;
+
+pub use epilogue::{Activation, Epilogue};
+pub(crate) use epilogue::{Finish, RawEpilogue};
 
 use super::{Backend, CompileOptions, Exec};
 use crate::graph::plan::{Limits, Memory, Place};
