@@ -12,7 +12,7 @@ pub(super) fn recognise(file: &[u8]) -> Option<String> {
     let starts = |magic: &[u8]| head.starts_with(magic);
     let says = |word: &[u8]| head.windows(word.len()).any(|w| w == word);
     let text = match head {
-        // A length of 2 to 5 bytes in little-endian: rather a damaged header than a pickle.
+        // A length below 4 GiB with a `{` behind it: a damaged safetensors header, whatever its first bytes.
         _ if head.get(4..8).is_some_and(|b| b == [0; 4]) && head.get(8) == Some(&b'{') => return None,
         _ if starts(b"PK\x03\x04") && says(b".npy") => {
             "is a NumPy .npz archive; save its arrays in Python with safetensors.numpy.save_file".into()
