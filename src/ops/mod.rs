@@ -9,6 +9,7 @@ pub mod case;
 pub mod check;
 pub mod conv2d;
 pub mod elementwise;
+pub mod linear;
 pub mod reference;
 
 use crate::backend::cpu::{CpuCx, CpuKernel};
@@ -130,7 +131,7 @@ pub struct Room {
 }
 
 /// Every room. One line each.
-pub const ROOMS: &[&Room] = &[&elementwise::ADD, &act::ROOM];
+pub const ROOMS: &[&Room] = &[&elementwise::ADD, &act::ROOM, &conv2d::ROOM, &linear::ROOM];
 
 /// The room called `name`.
 ///

@@ -32,6 +32,8 @@ pub struct CpuCx<'a> {
     pub y: &'a [Spec],
     /// The variant that was asked for; `None` leaves it to the op's rule.
     pub variant: Option<&'a str>,
+    constant: Vec<bool>,
+    release: Vec<usize>,
     workspace: usize,
 }
 
@@ -42,8 +44,21 @@ impl<'a> CpuCx<'a> {
             x,
             y,
             variant,
+            constant: vec![],
+            release: vec![],
             workspace: 0,
         }
+    }
+
+    /// Whether operand `i` keeps its value from the first run on (weights at inference), so that a kernel may pack it
+    /// once.
+    pub fn constant(&self, i: usize) -> bool {
+        self.constant.get(i).copied().unwrap_or(false)
+    }
+
+    /// Says that a constant operand is not read again after the kernel's first run: its memory is given back.
+    pub fn release(&mut self, i: usize) {
+        self.release.push(i);
     }
 
     /// Asks for `floats` of scratch, planned by lifetime; [`Args::work`] gives it. Contents are undefined.
