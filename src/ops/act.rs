@@ -3,6 +3,7 @@
 
 use super::{Case, Cost, Host, Op, Room, traffic};
 use crate::backend::cpu::{CpuCx, CpuKernel, par};
+use crate::backend::wgpu::{Arg, WgpuCx};
 use crate::graph::autodiff::{Backward, Fwd};
 use crate::graph::{Graph, Spec, Tid};
 use crate::{Error, Result, ensure, op_common};
@@ -20,6 +21,15 @@ pub enum Act {
 }
 
 impl Act {
+    /// Its number in shaders; 0 is none.
+    pub fn code(self) -> u32 {
+        match self {
+            Act::Relu => 1,
+            Act::Gelu => 2,
+            Act::GeluTanh => 3,
+        }
+    }
+
     /// `f(x)` in float64.
     pub fn value(self, x: f64) -> f64 {
         match self {
@@ -242,6 +252,12 @@ impl Op for ActFwd {
             for_act!(act, |f| par::map(a.x(0), a.y(0), |v| f.value_f32(v)))
         }))
     }
+
+    fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
+        let n = cx.y[0].len();
+        let args = [Arg::In(0), Arg::Out(0)];
+        cx.map("elementwise.wgsl", "act", n, &args, &[self.act.code()])
+    }
 }
 
 /// `dx = dy * f'(x)`. Operands: dy, x; for ReLU x may be the result as well as the operand.
@@ -277,6 +293,12 @@ impl Op for ActBwd {
             for_act!(act, |f| par::map2(a.x(0), a.x(1), a.y(0), |d, v| d * f
                 .slope_f32(v)))
         }))
+    }
+
+    fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
+        let n = cx.y[0].len();
+        let args = [Arg::In(0), Arg::In(1), Arg::Out(0)];
+        cx.map("elementwise.wgsl", "act_bwd", n, &args, &[self.act.code()])
     }
 }
 

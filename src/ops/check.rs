@@ -368,6 +368,37 @@ mod tests {
         all_cases(|room, params| run_case(room, params, cpu.as_ref(), &options));
     }
 
+    /// On whatever adapter there is; checked and trusted shaders, kernels for software adapters and for GPUs.
+    #[test]
+    fn wgpu_follows_the_reference() {
+        use crate::backend::wgpu::{Wgpu, WgpuOptions};
+        if let Err(e) = crate::backend::wgpu::adapters() {
+            assert!(std::env::var("CI").is_err(), "{e}");
+            println!("skipped: {e}");
+            return;
+        }
+        let options = CompileOptions {
+            poison: true,
+            ..Default::default()
+        };
+        for gpu_kernels in [false, true] {
+            for checked in [false, true] {
+                let wgpu = Wgpu::open(&WgpuOptions {
+                    checked,
+                    gpu_kernels,
+                    ..Default::default()
+                })
+                .unwrap();
+                all_cases(
+                    |room, params| match run_case(room, params, &wgpu, &options) {
+                        Err(e) if e.to_string().contains("has no WGSL kernel") => Ok(vec![]),
+                        found => found,
+                    },
+                );
+            }
+        }
+    }
+
     #[test]
     fn shape_rules_refuse() {
         for room in ROOMS {

@@ -2,6 +2,7 @@
 
 use super::{Case, Cost, Host, Op, Room, traffic};
 use crate::backend::cpu::{CpuCx, CpuKernel, par};
+use crate::backend::wgpu::{Arg, WgpuCx};
 use crate::graph::autodiff::{Backward, Fwd};
 use crate::graph::{Graph, Spec, Tid};
 use crate::ops::act::{Act, ActBwd};
@@ -69,6 +70,13 @@ impl Op for Add {
                 par::map2(a.x(0), a.x(1), a.y(0), |a, b| a + b);
             }
         }))
+    }
+
+    fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
+        let n = cx.y[0].len();
+        let args = [Arg::In(0), Arg::In(1), Arg::Out(0)];
+        let f = u32::from(self.relu);
+        cx.map("elementwise.wgsl", "add", n, &args, &[f])
     }
 }
 

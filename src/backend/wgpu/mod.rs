@@ -1,16 +1,24 @@
-//! The wgpu backend.
+//! The wgpu backend: adapters, arenas, pipelines, programs. What an op launches is described as data in
+//! [`launch`]; the WGSL itself stands in `shaders/` and is found through [`shaders`].
+
+pub mod device;
+pub mod exec;
+pub mod launch;
+pub mod program;
+pub mod shaders;
+
+pub use device::{AdapterReport, AdapterTraits, WgpuDevice, WgpuOptions, adapters};
+pub use exec::Wgpu;
+pub use launch::{Arg, Launch, WgpuCx, WorkId, fold};
+pub use program::{Place, PlacedLaunch, Program};
 
 use super::Backend;
-use crate::{Error, Result};
-
-/// What an op sees when its WGSL launches are made.
-#[derive(Debug)]
-pub struct WgpuCx;
+use crate::Result;
 
 /// The best adapter.
 ///
 /// # Errors
-/// There is none.
+/// There is none: the message says what to install.
 pub fn open() -> Result<Box<dyn Backend>> {
-    Err(Error::run("no adapter"))
+    Ok(Box::new(Wgpu::open(&WgpuOptions::default())?))
 }

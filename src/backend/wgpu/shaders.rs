@@ -1,0 +1,211 @@
+//! The WGSL sources: embedded, or read from a folder (`--shaders DIR`), with three line directives put in place:
+//!
+//! - `//#include "file.wgsl"`: that file's text, once.
+//! - `//#const NAME 16`: a constant (or a type) with its default; a launch's constants replace it.
+//! - `//#for i N` ... `//#end`: the lines between, N times (a number or a constant), with `${i}` as 0, 1, ... N-1. WGSL
+//!   has no macros, and accumulators stay in registers only where they are named one by one.
+
+use crate::{Error, Result};
+use std::path::{Path, PathBuf};
+
+macro_rules! embedded {
+    ($($name:literal),* $(,)?) => {
+        &[$(($name, include_str!(concat!("../../../shaders/", $name)))),*]
+    };
+}
+
+/// Every file of `shaders/`, as built into the program.
+pub const EMBEDDED: &[(&str, &str)] =
+    embedded!["elementwise.wgsl", "fill.wgsl", "linear.wgsl", "math.wgsl"];
+
+/// Where sources come from.
+#[derive(Clone, Debug, Default)]
+pub struct ShaderSource {
+    /// A folder that replaces the embedded files.
+    pub dir: Option<PathBuf>,
+}
+
+/// Constants of a launch: name and value as WGSL writes it.
+pub type Consts = Vec<(&'static str, String)>;
+
+impl ShaderSource {
+    /// A source that reads from `dir`.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where it is not a folder.
+    pub fn from_dir(dir: &Path) -> Result<ShaderSource> {
+        if !dir.is_dir() {
+            return Err(Error::input(format!(
+                "--shaders {}: not a folder",
+                dir.display()
+            )));
+        }
+        Ok(ShaderSource {
+            dir: Some(dir.to_path_buf()),
+        })
+    }
+
+    /// The text of `name` as it was written.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where the file does not exist.
+    pub fn read(&self, name: &str) -> Result<String> {
+        if let Some(dir) = &self.dir {
+            let path = dir.join(name);
+            return std::fs::read_to_string(&path).map_err(|e| Error::reading(&path, e));
+        }
+        EMBEDDED
+            .iter()
+            .find(|(n, _)| *n == name)
+            .map(|(_, text)| text.to_string())
+            .ok_or_else(|| Error::run(format!("no shader named {name} is built in")))
+    }
+
+    /// The WGSL of `name` for a launch's constants.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where a file does not exist or a directive is malformed.
+    pub fn assemble(&self, name: &str, consts: &Consts) -> Result<String> {
+        let mut lines = vec![];
+        self.include(name, &mut vec![], &mut lines)?;
+        let mut values: Vec<(String, String)> = consts
+            .iter()
+            .map(|(k, v)| (k.to_string(), v.clone()))
+            .collect();
+        let mut body = vec![];
+        for line in lines {
+            match line.trim().strip_prefix("//#const ") {
+                Some(rest) => {
+                    let (key, value) = rest
+                        .trim()
+                        .split_once(' ')
+                        .ok_or_else(|| malformed(name, &line))?;
+                    if !values.iter().any(|v| v.0 == key) {
+                        values.push((key.into(), value.trim().into()));
+                    }
+                }
+                None => body.push(line),
+            }
+        }
+        let mut out = String::new();
+        for (key, value) in &values {
+            let word = if is_type(value) { "alias" } else { "const" };
+            out.push_str(&format!("{word} {key} = {value};\n"));
+        }
+        let lines: Vec<&str> = body.iter().map(String::as_str).collect();
+        expand(name, &lines, &values, &mut out)?;
+        Ok(out)
+    }
+
+    fn include(&self, name: &str, seen: &mut Vec<String>, out: &mut Vec<String>) -> Result<()> {
+        if seen.iter().any(|s| s == name) {
+            return Ok(());
+        }
+        seen.push(name.to_string());
+        for line in self.read(name)?.lines() {
+            let file = line.trim().strip_prefix("//#include \"");
+            match file.and_then(|l| l.strip_suffix('"')) {
+                Some(file) => self.include(file, seen, out)?,
+                None => out.push(line.to_string()),
+            }
+        }
+        Ok(())
+    }
+}
+
+fn is_type(value: &str) -> bool {
+    matches!(value, "f32" | "i32" | "u32" | "f16") || value.starts_with("vec")
+}
+
+fn malformed(name: &str, line: &str) -> Error {
+    Error::input(format!("{name}: malformed directive: {}", line.trim()))
+}
+
+/// Unrolls the `//#for` blocks of `lines`, outermost first.
+fn expand(name: &str, lines: &[&str], values: &[(String, String)], out: &mut String) -> Result<()> {
+    let mut i = 0;
+    while i < lines.len() {
+        let line = lines[i];
+        let Some(head) = line.trim().strip_prefix("//#for ") else {
+            out.push_str(line);
+            out.push('\n');
+            i += 1;
+            continue;
+        };
+        let (var, count) = head
+            .trim()
+            .split_once(' ')
+            .ok_or_else(|| malformed(name, line))?;
+        let value = values.iter().find(|v| v.0 == count);
+        let count: usize = value
+            .map_or(count, |v| v.1.as_str())
+            .trim_end_matches('u')
+            .parse()
+            .map_err(|_| malformed(name, line))?;
+        let mut depth = 1;
+        let mut end = i + 1;
+        while end < lines.len() {
+            let l = lines[end].trim();
+            depth += usize::from(l.starts_with("//#for "));
+            depth -= usize::from(l == "//#end");
+            if depth == 0 {
+                break;
+            }
+            end += 1;
+        }
+        if end == lines.len() {
+            return Err(malformed(name, line));
+        }
+        let mark = format!("${{{var}}}");
+        for n in 0..count {
+            let n = n.to_string();
+            let block: Vec<String> = lines[i + 1..end]
+                .iter()
+                .map(|l| l.replace(&mark, &n))
+                .collect();
+            let block: Vec<&str> = block.iter().map(String::as_str).collect();
+            expand(name, &block, values, out)?;
+        }
+        i = end + 1;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use wgpu::naga;
+
+    /// Every embedded shader parses and validates with its default constants.
+    #[test]
+    fn naga_accepts_every_shader() {
+        let source = ShaderSource::default();
+        for (name, _) in EMBEDDED {
+            let text = source.assemble(name, &vec![]).unwrap();
+            let module = naga::front::wgsl::parse_str(&text)
+                .unwrap_or_else(|e| panic!("{name}: {}", e.emit_to_string(&text)));
+            naga::valid::Validator::new(
+                naga::valid::ValidationFlags::all(),
+                naga::valid::Capabilities::SUBGROUP,
+            )
+            .subgroup_stages(naga::valid::ShaderStages::COMPUTE)
+            .subgroup_operations(naga::valid::SubgroupOperationSet::all())
+            .validate(&module)
+            .unwrap_or_else(|e| panic!("{name}: {}", e.emit_to_string(&text)));
+        }
+    }
+
+    #[test]
+    fn blocks_unroll_and_constants_replace_defaults() {
+        let dir = tempfile::tempdir().unwrap();
+        let text = "//#const N 3\n//#for i N\n//#for j 2\nv${i}${j}\n//#end\n//#end\n";
+        std::fs::write(dir.path().join("t.wgsl"), text).unwrap();
+        let source = ShaderSource::from_dir(dir.path()).unwrap();
+        let out = source
+            .assemble("t.wgsl", &vec![("N", "2".to_string())])
+            .unwrap();
+        assert_eq!(out, "const N = 2;\nv00\nv01\nv10\nv11\n");
+        std::fs::write(dir.path().join("t.wgsl"), "//#for i 2\n").unwrap();
+        assert!(source.assemble("t.wgsl", &vec![]).is_err());
+    }
+}
