@@ -198,6 +198,15 @@ pub struct Tap {
     pub tid: Tid,
 }
 
+/// What the builder's layers do that behave differently in training and in evaluation.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Mode {
+    /// Batch norm normalises by the batch's own statistics, and updates the running ones.
+    pub batch_stats: bool,
+    /// Dropout and drop path draw their masks.
+    pub random: bool,
+}
+
 /// A network (and, after [`autodiff`], its gradients and update) as a list of nodes in order of execution.
 #[derive(Clone, Debug, Default)]
 pub struct Graph {
@@ -209,6 +218,10 @@ pub struct Graph {
     pub params: Vec<Param>,
     /// Stage and block outputs.
     pub taps: Vec<Tap>,
+    /// How layers behave that differ between training and evaluation.
+    pub mode: Mode,
+    /// The random state that dropout and drop path read, where the graph has them.
+    pub rng: Option<Tid>,
     /// The scope that new nodes get.
     scope: Vec<String>,
     /// The phase that new nodes get.

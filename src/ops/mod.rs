@@ -9,8 +9,12 @@ pub mod case;
 pub mod check;
 pub mod conv2d;
 pub mod elementwise;
+pub mod layer_norm;
+pub mod layer_scale;
 pub mod linear;
+pub mod random;
 pub mod reference;
+pub mod tokens;
 
 use crate::backend::cpu::{CpuCx, CpuKernel};
 use crate::backend::wgpu::WgpuCx;
@@ -131,7 +135,18 @@ pub struct Room {
 }
 
 /// Every room. One line each.
-pub const ROOMS: &[&Room] = &[&elementwise::ADD, &act::ROOM, &conv2d::ROOM, &linear::ROOM];
+pub const ROOMS: &[&Room] = &[
+    &elementwise::ADD,
+    &act::ROOM,
+    &conv2d::ROOM,
+    &linear::ROOM,
+    &layer_norm::ROOM,
+    &layer_scale::ROOM,
+    &random::DROPOUT,
+    &random::DROP_PATH,
+    &tokens::EMBED,
+    &tokens::SELECT,
+];
 
 /// The room called `name`.
 ///

@@ -3,6 +3,7 @@
 mod epilogue;
 pub mod gemm;
 pub mod kernel;
+mod multiversion;
 pub(crate) mod pack;
 pub mod par;
 pub(crate) mod parallel;

@@ -1,0 +1,362 @@
+//! Between patches and tokens (Dosovitskiy et al. 2021): the class token is put before the patches and the position
+//! table is added; later one token is picked for the head. [`interpolate`] fits a position table to another grid.
+
+pub mod interpolate;
+
+use super::{Case, Cost, Host, Op, Room, traffic};
+use crate::backend::cpu::{CpuCx, CpuKernel, par};
+use crate::graph::autodiff::{Backward, Fwd};
+use crate::graph::{Graph, Spec, Tid};
+use crate::{Result, ensure, op_common};
+pub use interpolate::{Interpolation, interpolate_pos};
+
+/// `y[n, t] = token[n, t] + pos[t]`, where token 0 is the class token and the others are the patches.
+///
+/// Operands: patches `[N, P, C]`, where `cls` the class token (C elements), pos (T * C elements, `T = P + cls`).
+/// Result: `[N, T, C]`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct TokenEmbed {
+    /// There is a class token.
+    pub cls: bool,
+}
+
+impl Op for TokenEmbed {
+    op_common!("token_embed");
+
+    fn infer(&self, x: &[Spec]) -> Result<Vec<Spec>, String> {
+        let first = usize::from(self.cls);
+        ensure!(
+            x.len() == 2 + first,
+            "takes patches and positions, and a class token between where it has one"
+        );
+        ensure!(
+            x[0].shape.len() == 3,
+            "wants patches [N, P, C], not {:?}",
+            x[0].shape
+        );
+        let [n, p, c] = [x[0].shape[0], x[0].shape[1], x[0].shape[2]];
+        ensure!(
+            !self.cls || x[1].len() == c,
+            "has a class token of shape {:?} for {c} channels",
+            x[1].shape
+        );
+        ensure!(
+            x[1 + first].len() == (p + first) * c,
+            "has a position table of shape {:?} for {} tokens of {c} channels",
+            x[1 + first].shape,
+            p + first
+        );
+        Ok(vec![Spec::f32([n, p + first, c])])
+    }
+
+    fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {
+        Cost {
+            flops: y[0].len() as u64,
+            bytes: traffic(x, y),
+        }
+    }
+
+    fn backward(&self, node: &Fwd, b: &mut Backward) -> Result<()> {
+        let dy = b.need(node.outputs[0])?;
+        let grads = b.emit(TokenEmbedBwd { cls: self.cls }, &[dy])?;
+        // Operands and results stand in the same order; parameters keep PyTorch's [1, T, C] and [1, 1, C].
+        for (&x, &d) in node.inputs.iter().zip(&grads) {
+            let shape = b.graph.shape(x).to_vec();
+            let d = b.graph.view(d, &shape)?;
+            b.give(x, d)?;
+        }
+        Ok(())
+    }
+
+    fn reference(&self, x: &[&Host], y: &mut [Host]) {
+        let first = usize::from(self.cls);
+        let [n, p, c] = [x[0].shape[0], x[0].shape[1], x[0].shape[2]];
+        let t = p + first;
+        for i in 0..n {
+            for j in 0..t {
+                for k in 0..c {
+                    let token = if j < first {
+                        x[1].data[k]
+                    } else {
+                        x[0].data[(i * p + j - first) * c + k]
+                    };
+                    y[0].data[(i * t + j) * c + k] = token + x[1 + first].data[j * c + k];
+                }
+            }
+        }
+    }
+
+    fn cpu(&self, cx: &mut CpuCx) -> Result<CpuKernel> {
+        let (cls, c) = (self.cls, cx.x[0].shape[2]);
+        let [from, to] = [cx.x[0].shape[1] * c, cx.y[0].shape[1] * c];
+        Ok(Box::new(move |a| {
+            let (patches, pos) = (a.x(0), a.x(1 + usize::from(cls)));
+            let token = a.x_if(cls, 1).unwrap_or_default();
+            par::rows(a.y(0), to, |first, y| {
+                let patches = patches[first * from..].chunks_exact(from);
+                for (y, patches) in y.chunks_exact_mut(to).zip(patches) {
+                    let (y0, y1) = y.split_at_mut(token.len());
+                    let (p0, p1) = pos.split_at(token.len());
+                    add(token, p0, y0);
+                    add(patches, p1, y1);
+                }
+            });
+        }))
+    }
+}
+
+fn add(a: &[f32], b: &[f32], y: &mut [f32]) {
+    for ((y, a), b) in y.iter_mut().zip(a).zip(b) {
+        *y = a + b;
+    }
+}
+
+/// The gradients of [`TokenEmbed`]. Operand: dy `[N, T, C]`. Results: dpatches `[N, P, C]`, where `cls` dcls `[C]`,
+/// dpos `[T, C]`; the last two are sums over N, in order.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct TokenEmbedBwd {
+    /// There is a class token.
+    pub cls: bool,
+}
+
+impl Op for TokenEmbedBwd {
+    op_common!("token_embed_bwd");
+
+    fn infer(&self, x: &[Spec]) -> Result<Vec<Spec>, String> {
+        ensure!(
+            x.len() == 1 && x[0].shape.len() == 3,
+            "takes one operand [N, T, C]"
+        );
+        let [n, t, c] = [x[0].shape[0], x[0].shape[1], x[0].shape[2]];
+        let first = usize::from(self.cls);
+        ensure!(t > first, "has no token beside the class token");
+        let mut out = vec![Spec::f32([n, t - first, c])];
+        if self.cls {
+            out.push(Spec::f32([c]));
+        }
+        out.push(Spec::f32([t, c]));
+        Ok(out)
+    }
+
+    fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {
+        Cost {
+            flops: x[0].len() as u64,
+            bytes: traffic(x, y),
+        }
+    }
+
+    fn reference(&self, x: &[&Host], y: &mut [Host]) {
+        let first = usize::from(self.cls);
+        let [n, t, c] = [x[0].shape[0], x[0].shape[1], x[0].shape[2]];
+        for i in 0..n {
+            for j in 0..t {
+                for k in 0..c {
+                    let dy = x[0].data[(i * t + j) * c + k];
+                    y[1 + first].data[j * c + k] += dy;
+                    if j < first {
+                        y[1].data[k] += dy;
+                    } else {
+                        y[0].data[(i * (t - first) + j - first) * c + k] = dy;
+                    }
+                }
+            }
+        }
+    }
+
+    fn cpu(&self, cx: &mut CpuCx) -> Result<CpuKernel> {
+        let (cls, n, c) = (self.cls, cx.x[0].shape[0], cx.x[0].shape[2]);
+        let [from, to] = [cx.x[0].shape[1] * c, cx.y[0].shape[1] * c];
+        cx.workspace(par::column_sums_scratch(n, from));
+        Ok(Box::new(move |a| {
+            let dy = a.x(0);
+            let patches = par::SharedMut::new(a.y(0));
+            let pos = a.y(1 + usize::from(cls));
+            par::column_sums(n, from, a.work(), pos, |i, sums| {
+                let row = &dy[i * from..(i + 1) * from];
+                // SAFETY: one call per image.
+                unsafe { patches.slice(i * to, to) }.copy_from_slice(&row[from - to..]);
+                sums.iter_mut().zip(row).for_each(|(s, v)| *s += v);
+            });
+            if cls {
+                a.y(1).copy_from_slice(&pos[..c]);
+            }
+        }))
+    }
+}
+
+/// `y[n] = x[n, index]`: x `[N, T, C]` to `[N, C]`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct SelectToken {
+    /// Which token.
+    pub index: usize,
+}
+
+impl Op for SelectToken {
+    op_common!("select_token");
+
+    fn infer(&self, x: &[Spec]) -> Result<Vec<Spec>, String> {
+        ensure!(
+            x.len() == 1 && x[0].shape.len() == 3,
+            "takes one operand [N, T, C]"
+        );
+        let [n, t, c] = [x[0].shape[0], x[0].shape[1], x[0].shape[2]];
+        ensure!(self.index < t, "asks for token {} of {t}", self.index);
+        Ok(vec![Spec::f32([n, c])])
+    }
+
+    fn cost(&self, _x: &[Spec], y: &[Spec]) -> Cost {
+        Cost {
+            flops: 0,
+            bytes: 2 * traffic(&[], y),
+        }
+    }
+
+    fn backward(&self, node: &Fwd, b: &mut Backward) -> Result<()> {
+        let dy = b.need(node.outputs[0])?;
+        let op = SelectTokenBwd {
+            index: self.index,
+            tokens: b.graph.shape(node.inputs[0])[1],
+        };
+        let dx = b.emit1(op, &[dy])?;
+        b.give(node.inputs[0], dx)
+    }
+
+    fn reference(&self, x: &[&Host], y: &mut [Host]) {
+        let t = x[0].shape[1];
+        for n in 0..y[0].rows() {
+            y[0].row_mut(n)
+                .copy_from_slice(x[0].row(n * t + self.index));
+        }
+    }
+
+    fn cpu(&self, cx: &mut CpuCx) -> Result<CpuKernel> {
+        let (t, c, index) = (cx.x[0].shape[1], cx.x[0].shape[2], self.index);
+        Ok(Box::new(move |a| {
+            let x = a.x(0);
+            par::rows(a.y(0), c, |first, y| {
+                for (n, y) in y.chunks_exact_mut(c).enumerate() {
+                    y.copy_from_slice(&x[((first + n) * t + index) * c..][..c]);
+                }
+            });
+        }))
+    }
+}
+
+/// The gradient of [`SelectToken`]: dy `[N, C]` to dx `[N, tokens, C]`, zero but for one token.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct SelectTokenBwd {
+    /// Which token.
+    pub index: usize,
+    /// Of how many.
+    pub tokens: usize,
+}
+
+impl Op for SelectTokenBwd {
+    op_common!("select_token_bwd");
+
+    fn infer(&self, x: &[Spec]) -> Result<Vec<Spec>, String> {
+        ensure!(
+            x.len() == 1 && x[0].shape.len() == 2,
+            "takes one operand [N, C]"
+        );
+        Ok(vec![Spec::f32([x[0].shape[0], self.tokens, x[0].shape[1]])])
+    }
+
+    fn cost(&self, x: &[Spec], y: &[Spec]) -> Cost {
+        Cost {
+            flops: 0,
+            bytes: traffic(x, y),
+        }
+    }
+
+    fn reference(&self, x: &[&Host], y: &mut [Host]) {
+        for n in 0..x[0].rows() {
+            y[0].row_mut(n * self.tokens + self.index)
+                .copy_from_slice(x[0].row(n));
+        }
+    }
+
+    fn cpu(&self, cx: &mut CpuCx) -> Result<CpuKernel> {
+        let (c, index) = (cx.x[0].channels(), self.index);
+        let width = self.tokens * c;
+        Ok(Box::new(move |a| {
+            let dy = a.x(0);
+            par::rows(a.y(0), width, |first, dx| {
+                dx.fill(0.0);
+                for (n, dx) in dx.chunks_exact_mut(width).enumerate() {
+                    dx[index * c..][..c].copy_from_slice(&dy[(first + n) * c..][..c]);
+                }
+            });
+        }))
+    }
+}
+
+impl Graph {
+    /// The class token (where there is one) before the patches `[N, P, C]`, and the position table added: `[N, T, C]`.
+    ///
+    /// `cls` has C elements and `pos` T * C, whatever their shapes.
+    ///
+    /// # Errors
+    /// A number of elements does not fit.
+    pub fn token_embed(&mut self, patches: Tid, cls: Option<Tid>, pos: Tid) -> Result<Tid> {
+        let op = TokenEmbed { cls: cls.is_some() };
+        let mut operands = vec![patches];
+        operands.extend(cls);
+        operands.push(pos);
+        self.push1(op, &operands)
+    }
+
+    /// Token `index` of each image: `[N, T, C]` to `[N, C]`.
+    ///
+    /// # Errors
+    /// There is no such token.
+    pub fn select_token(&mut self, x: Tid, index: usize) -> Result<Tid> {
+        self.push1(SelectToken { index }, &[x])
+    }
+}
+
+/// The room of [`TokenEmbed`].
+pub const EMBED: Room = Room {
+    name: "token_embed",
+    about: "class token before the patches, position table added",
+    case: |p| {
+        let (n, patches, c) = (p.get("n", 2)?, p.get("p", 4)?, p.get("c", 8)?);
+        let cls = p.flag("cls")?;
+        let table = p.get("table", patches + usize::from(cls))?;
+        Ok(Case::new(TokenEmbed { cls })
+            .x(&[n, patches, c])
+            .x_if(cls, &[1, 1, c])
+            .x(&[1, table, c]))
+    },
+    cases: &[
+        "n=1,p=1,c=1",
+        "n=1,p=1,c=1,cls=1",
+        "n=3,p=5,c=7,cls=1",
+        "n=2,p=16,c=20",
+        "n=128,p=64,c=16,cls=1",
+        "n=3,p=196,c=192,cls=1",
+    ],
+    bench: &["n=128,p=64,c=128,cls=1"],
+    refused: &["p=4,table=4,cls=1", "p=4,table=5"],
+};
+
+/// The room of [`SelectToken`].
+pub const SELECT: Room = Room {
+    name: "select_token",
+    about: "one token of each image",
+    case: |p| {
+        let shape = [p.get("n", 2)?, p.get("t", 5)?, p.get("c", 8)?];
+        Ok(Case::new(SelectToken {
+            index: p.get("i", 0)?,
+        })
+        .x(&shape))
+    },
+    cases: &[
+        "n=1,t=1,c=1",
+        "n=3,t=5,c=7,i=4",
+        "n=128,t=65,c=16",
+        "n=5,t=197,c=192,i=1",
+    ],
+    bench: &["n=128,t=65,c=128"],
+    refused: &["t=5,i=5"],
+};
