@@ -5,6 +5,7 @@
 //! run its cases on every backend against the reference, and the reference's gradients against finite differences.
 
 pub mod act;
+pub mod batch_norm;
 pub mod case;
 pub mod check;
 pub mod conv2d;
@@ -146,6 +147,9 @@ pub const ROOMS: &[&Room] = &[
     &random::DROP_PATH,
     &tokens::EMBED,
     &tokens::SELECT,
+    &batch_norm::ROOM,
+    &batch_norm::eval::ROOM,
+    &batch_norm::fold::ROOM,
 ];
 
 /// The room called `name`.

@@ -9,6 +9,7 @@ pub mod par;
 pub(crate) mod parallel;
 pub(crate) mod scratch;
 mod simd;
+pub mod wide;
 
 pub use epilogue::{Activation, Epilogue};
 pub(crate) use epilogue::{Finish, RawEpilogue};
