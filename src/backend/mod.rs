@@ -17,6 +17,9 @@ pub struct CompileOptions {
     pub variants: HashMap<String, String>,
     /// Fill temporaries with NaN before every run, so that an output that nobody writes shows.
     pub poison: bool,
+    /// Parameters keep the values they have at the first run (inference): kernels may pack them once and give the
+    /// plain copy's memory back. Writing one after the first run is an error then.
+    pub constant_params: bool,
 }
 
 /// A device that compiles graphs.

@@ -16,9 +16,10 @@ pub(crate) use epilogue::{Finish, RawEpilogue};
 
 use super::{Backend, CompileOptions, Exec};
 use crate::graph::plan::{Limits, Memory, Place};
-use crate::graph::{Graph, Phase, Spec, Tid};
+use crate::graph::{Graph, Kind, Phase, Spec, Tid};
 use crate::{Error, Result};
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -198,12 +199,19 @@ impl Backend for Cpu {
     fn compile(&self, graph: Arc<Graph>, options: &CompileOptions) -> Result<Box<dyn Exec>> {
         let mut kernels = Vec::with_capacity(graph.nodes.len());
         let mut work = Vec::with_capacity(graph.nodes.len());
+        let mut releases = Vec::with_capacity(graph.nodes.len());
         for node in &graph.nodes {
             let (x, y) = graph.node_specs(node);
             let variant = options.variants.get(node.op.name()).map(String::as_str);
             let mut cx = CpuCx::new(&x, &y, variant);
+            cx.constant = node
+                .inputs
+                .iter()
+                .map(|&t| options.constant_params && constant(&graph, t))
+                .collect();
             kernels.push(node.op.cpu(&mut cx).map_err(|e| e.context(&node.scope))?);
             work.push(cx.workspace);
+            releases.push(cx.release);
         }
         let memory = Memory::plan(
             &graph,
@@ -241,14 +249,53 @@ impl Backend for Cpu {
                 work: slot(memory.work[i]),
             })
             .collect();
+        let drops = droppable(&graph, &releases, options.constant_params);
         Ok(Box::new(CpuExec {
             graph,
             memory,
             arenas,
             launches,
+            drops,
+            constant_params: options.constant_params,
+            ran: false,
             poison: options.poison,
+            dropped: HashSet::new(),
         }))
     }
+}
+
+/// Parameters, and what is made of them before the first run.
+fn constant(graph: &Graph, t: Tid) -> bool {
+    let (root, _) = graph.root(t);
+    match graph.tensor(root).kind {
+        Kind::Param(_) => true,
+        _ => graph
+            .nodes
+            .iter()
+            .any(|n| n.phase == Phase::Prepare && n.outputs.contains(&t)),
+    }
+}
+
+/// By node, the constant operands whose memory can go after its first run: its kernel packed them, or nothing but
+/// the preparation reads them, and no later node does.
+fn droppable(graph: &Graph, released: &[Vec<usize>], constant_params: bool) -> Vec<Vec<Tid>> {
+    let mut last = vec![None; graph.tensors.len()];
+    let mut all = vec![constant_params; graph.tensors.len()];
+    for (i, node) in graph.nodes.iter().enumerate() {
+        for (k, &t) in node.inputs.iter().enumerate() {
+            let (root, _) = graph.root(t);
+            let once = node.phase == Phase::Prepare || released[i].contains(&k);
+            all[root.index()] &= once && constant(graph, t) && !graph.tensor(root).keep;
+            last[root.index()] = Some(i);
+        }
+    }
+    let mut out = vec![vec![]; graph.nodes.len()];
+    for (t, &i) in last.iter().enumerate() {
+        if let Some(i) = i.filter(|_| all[t]) {
+            out[i].push(Tid(t as u32));
+        }
+    }
+    out
 }
 
 struct Launch {
@@ -263,6 +310,12 @@ struct CpuExec {
     memory: Memory,
     arenas: Vec<Arena>,
     launches: Vec<Launch>,
+    /// By node, the constants whose memory goes after its first run.
+    drops: Vec<Vec<Tid>>,
+    /// Constants whose memory is gone.
+    dropped: HashSet<Tid>,
+    constant_params: bool,
+    ran: bool,
     poison: bool,
 }
 
@@ -281,11 +334,18 @@ impl CpuExec {
     }
 
     fn set(&mut self, t: Tid, data: &[f32]) -> Result<()> {
+        let name = || self.graph.tensor(t).name.clone();
+        if self.ran && self.constant_params && matches!(self.graph.tensor(t).kind, Kind::Param(_)) {
+            return Err(Error::run(format!(
+                "{} was compiled as a constant and is already in use",
+                name()
+            )));
+        }
         let to = self.slice(t)?;
         if to.len() != data.len() {
-            let name = &self.graph.tensor(t).name;
             return Err(Error::run(format!(
-                "{name} has {} elements, {} were given",
+                "{} has {} elements, {} were given",
+                name(),
                 to.len(),
                 data.len()
             )));
@@ -294,28 +354,29 @@ impl CpuExec {
         Ok(())
     }
 
-    fn each(&mut self, phases: &[Phase], mut after: impl FnMut(usize)) {
-        for (i, node) in self
-            .graph
-            .nodes
-            .iter()
-            .enumerate()
-            .filter(|(_, n)| phases.contains(&n.phase))
-        {
+    fn each(&mut self, phases: &[Phase], mut after: impl FnMut(usize)) -> Result<()> {
+        if phases.contains(&Phase::Prepare) && !self.dropped.is_empty() {
+            return Err(Error::run(
+                "constants were prepared already and their plain copies are gone",
+            ));
+        }
+        self.ran = true;
+        for i in 0..self.launches.len() {
+            let node = &self.graph.nodes[i];
+            if !phases.contains(&node.phase) {
+                continue;
+            }
             let l = &self.launches[i];
             if self.poison {
                 let updates = node.op.updates();
-                for (k, y) in
+                let fresh =
                     l.y.iter()
                         .enumerate()
-                        .filter(|(k, _)| !updates.iter().any(|u| u.0 == *k))
-                {
-                    debug_assert!(k < l.y.len());
-                    // SAFETY: results of this launch, about to be written by it.
-                    unsafe { std::slice::from_raw_parts_mut(y.ptr, y.len) }.fill(f32::NAN);
+                        .filter(|(k, _)| !updates.iter().any(|u| u.0 == *k));
+                for s in fresh.map(|(_, y)| y).chain([&l.work]) {
+                    // SAFETY: results and workspace of this launch, about to be written by it.
+                    unsafe { std::slice::from_raw_parts_mut(s.ptr, s.len) }.fill(f32::NAN);
                 }
-                // SAFETY: workspace of this launch.
-                unsafe { std::slice::from_raw_parts_mut(l.work.ptr, l.work.len) }.fill(f32::NAN);
             }
             (l.kernel)(&Args {
                 x: &l.x,
@@ -323,8 +384,32 @@ impl CpuExec {
                 work: l.work,
             });
             after(i);
+            for &t in &self.drops[i] {
+                if self.dropped.insert(t)
+                    && let Some(p) = self.memory.place(t)
+                {
+                    give_back(self.arenas[p.arena].slot(p));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Lets the system have the whole pages of `s` again; they read as zero from then on.
+fn give_back(s: Slot) {
+    #[cfg(unix)]
+    {
+        const PAGE: usize = 4096;
+        let from = (s.ptr as usize).next_multiple_of(PAGE);
+        let to = (s.ptr as usize + 4 * s.len) / PAGE * PAGE;
+        if from < to {
+            // SAFETY: private anonymous pages of an arena that holds nothing else; nothing reads them again.
+            unsafe { libc::madvise(from as *mut libc::c_void, to - from, libc::MADV_DONTNEED) };
         }
     }
+    #[cfg(not(unix))]
+    let _ = s;
 }
 
 impl Exec for CpuExec {
@@ -345,6 +430,12 @@ impl Exec for CpuExec {
     }
 
     fn read(&mut self, t: Tid) -> Result<Vec<f32>> {
+        if self.dropped.contains(&self.graph.root(t).0) {
+            let name = &self.graph.tensor(t).name;
+            return Err(Error::run(format!(
+                "{name} was packed and its plain copy is gone"
+            )));
+        }
         Ok(self.slice(t)?.to_vec())
     }
 
@@ -353,8 +444,7 @@ impl Exec for CpuExec {
     }
 
     fn run(&mut self, phases: &[Phase]) -> Result<()> {
-        self.each(phases, |_| ());
-        Ok(())
+        self.each(phases, |_| ())
     }
 
     fn run_timed(&mut self, phases: &[Phase]) -> Result<Vec<(usize, Duration)>> {
@@ -364,7 +454,7 @@ impl Exec for CpuExec {
             let now = Instant::now();
             times.push((i, now - last));
             last = now;
-        });
+        })?;
         Ok(times)
     }
 }
