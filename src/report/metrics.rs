@@ -308,9 +308,9 @@ impl EvalReport {
     /// The confusion matrix as a table, rows and columns headed by class.
     pub fn confusion_table(&self) -> Table {
         // Columns are headed by number: names as wide as "automobile" would triple the table's width.
-        let mut headings = vec!["<".to_string()];
-        headings.extend((0..self.per_class.len()).map(|c| c.to_string()));
-        let mut table = Table::new(&headings.iter().map(String::as_str).collect::<Vec<_>>());
+        let headings =
+            std::iter::once(String::new()).chain((0..self.per_class.len()).map(|c| c.to_string()));
+        let mut table = Table::new(headings).left(&[0]);
         for (class, row) in self.per_class.iter().zip(&self.confusion) {
             let number = class.class.to_string();
             let head = if class.name == number {
@@ -343,7 +343,8 @@ impl EvalReport {
 
 /// Per-class rows as a table: class, precision, recall, F1, support.
 pub fn class_table(classes: &[&ClassMetrics]) -> Table {
-    let mut table = Table::new(&["class", "<name", "precision", "recall", "F1", "support"]);
+    let mut table =
+        Table::new(["class", "name", "precision", "recall", "F1", "support"]).left(&[1]);
     for c in classes {
         table.row([
             c.class.to_string(),

@@ -1,10 +1,14 @@
 //! Results out: metrics, plots, tables and self-contained HTML reports.
 
+pub mod html;
 pub mod metrics;
+pub mod plot;
+pub mod progress;
 pub mod runlog;
 pub mod table;
 
 use crate::{Error, Result};
+use base64::Engine;
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
@@ -51,4 +55,23 @@ pub fn write_atomic_with(
         let _ = d.sync_all();
     }
     Ok(())
+}
+
+/// Pixels as a `data:` URI that holds a PNG.
+fn png_data_uri(
+    pixels: &[u8],
+    width: u32,
+    height: u32,
+    colour: image::ExtendedColorType,
+) -> Result<String> {
+    use image::ImageEncoder;
+    use image::codecs::png::{CompressionType, FilterType, PngEncoder};
+    let mut png = Vec::new();
+    PngEncoder::new_with_quality(&mut png, CompressionType::Best, FilterType::Adaptive)
+        .write_image(pixels, width, height, colour)
+        .map_err(|e| Error::run(format!("cannot encode a {width} x {height} PNG: {e}")))?;
+    Ok(format!(
+        "data:image/png;base64,{}",
+        base64::engine::general_purpose::STANDARD.encode(png)
+    ))
 }

@@ -19,17 +19,23 @@ pub struct Table {
 }
 
 impl Table {
-    /// A table with these column headings; a heading that starts with `<` is left-aligned text (the sign is not
-    /// shown), all others hold numbers and are right-aligned.
-    pub fn new(headings: &[&str]) -> Self {
-        let column = |h: &&str| match h.strip_prefix('<') {
-            Some(text) => (text.to_string(), Align::Left),
-            None => (h.to_string(), Align::Right),
-        };
+    /// A table with these column headings, all of them right-aligned as for numbers.
+    pub fn new<S: Into<String>>(headings: impl IntoIterator<Item = S>) -> Self {
         Table {
-            columns: headings.iter().map(column).collect(),
+            columns: headings
+                .into_iter()
+                .map(|h| (h.into(), Align::Right))
+                .collect(),
             rows: Vec::new(),
         }
+    }
+
+    /// The same table with these columns left-aligned, as for text.
+    pub fn left(mut self, columns: &[usize]) -> Self {
+        for &i in columns {
+            self.columns[i].1 = Align::Left;
+        }
+        self
     }
 
     /// Adds a row. Missing cells are empty, cells beyond the last column are dropped.
@@ -180,7 +186,7 @@ mod tests {
     use super::*;
 
     fn sample() -> Table {
-        let mut t = Table::new(&["<name", "n", "top-1 %"]);
+        let mut t = Table::new(["name", "n", "top-1 %"]).left(&[0]);
         t.row(["café", "12", "9.50"]);
         t.row(["a|b", "3", "100.00"]);
         t.row(["short"]);

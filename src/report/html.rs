@@ -1,0 +1,1048 @@
+//! `report.html`: one self-contained page about a run, or about several compared. Data in, text out; no scripts, no
+//! network, light and dark by the reader's own setting.
+
+use super::metrics::{EvalReport, SMALL, class_table};
+use super::plot::{self, Family, RunCurve, Svg};
+use super::png_data_uri;
+use super::runlog::EpochRow;
+use super::table::{Align, Table, duration, number, si};
+use crate::{Error, Result};
+use std::fmt::Write;
+
+/// A page stays below 5 MB: what would not fit is left out, and the page says so.
+const LIMIT: usize = 4_900_000;
+/// Longest side of a sample image in pixels; larger ones are reduced.
+const SAMPLE_SIDE: u32 = 96;
+/// Most sample images on a page.
+const SAMPLES: usize = 64;
+
+/// What a result was made with.
+#[derive(Clone, Debug, Default)]
+pub struct Provenance {
+    /// Version of the program.
+    pub version: String,
+    /// Commit it was built from, or empty.
+    pub commit: String,
+    /// Backend and device, `cpu: AMD EPYC, 2 threads`.
+    pub device: String,
+    /// Seed of the run.
+    pub seed: u64,
+    /// When it ended, as text (`2026-11-21 11:05 UTC`), or empty.
+    pub finished: String,
+}
+
+/// One run: everything its page shows.
+#[derive(Clone, Debug)]
+pub struct RunReport {
+    /// Short name in tables and legends.
+    pub name: String,
+    /// Model id or spec.
+    pub model: String,
+    /// Its family: colour and line style.
+    pub family: Family,
+    /// Data set.
+    pub data: String,
+    /// Number of parameters.
+    pub params: u64,
+    /// FLOPs of one image's forward pass (a multiply-add is 2), where known.
+    pub flops: Option<u64>,
+    /// Rows of `metrics.csv`; empty for a page about an evaluation alone.
+    pub epochs: Vec<EpochRow>,
+    /// Result on the test (or validation) images.
+    pub eval: Option<EvalReport>,
+    /// Predictions to show, in this order; at most 64 are shown.
+    pub samples: Vec<Sample>,
+    /// The resolved configuration, TOML.
+    pub config: String,
+    /// The command line that reproduces the run.
+    pub command: String,
+    /// Version, commit, device, seed.
+    pub provenance: Provenance,
+    /// Things the reader must know: corrupt images skipped, a fallback taken.
+    pub notes: Vec<String>,
+}
+
+/// Several runs on one page.
+#[derive(Clone, Debug)]
+pub struct CompareReport {
+    /// Heading of the page.
+    pub title: String,
+    /// What is compared and why, one paragraph of plain text.
+    pub question: String,
+    /// The runs, in the order of the table.
+    pub runs: Vec<RunReport>,
+    /// The command line that reproduces the whole comparison.
+    pub command: String,
+}
+
+/// One image with its true and predicted class, ready to be shown.
+#[derive(Clone, Debug)]
+pub struct Sample {
+    uri: String,
+    side: u32,
+    truth: String,
+    predicted: String,
+    right: bool,
+    confidence: f64,
+}
+
+impl Sample {
+    /// An image `[height, width, 3]` of 8-bit RGB (before normalisation), the names of its true and predicted class,
+    /// whether they are the same class, and the probability of the prediction (0 to 1).
+    ///
+    /// # Errors
+    /// [`Error::Input`] where the size and the number of bytes disagree.
+    pub fn new(
+        rgb: &[u8],
+        width: u32,
+        height: u32,
+        truth: &str,
+        predicted: &str,
+        right: bool,
+        confidence: f64,
+    ) -> Result<Self> {
+        let Some(image) =
+            image::RgbImage::from_raw(width, height, rgb.to_vec()).filter(|i| !i.is_empty())
+        else {
+            return Err(Error::input(format!(
+                "sample image: {} bytes for {width} x {height} RGB pixels",
+                rgb.len()
+            )));
+        };
+        let longest = width.max(height);
+        let image = if longest > SAMPLE_SIDE {
+            let scaled = |v: u32| (v * SAMPLE_SIDE).div_ceil(longest);
+            image::imageops::resize(
+                &image,
+                scaled(width),
+                scaled(height),
+                image::imageops::FilterType::Triangle,
+            )
+        } else {
+            image
+        };
+        let uri = png_data_uri(
+            image.as_raw(),
+            image.width(),
+            image.height(),
+            image::ExtendedColorType::Rgb8,
+        )?;
+        let (truth, predicted) = (truth.to_string(), predicted.to_string());
+        Ok(Sample {
+            uri,
+            side: image.width().max(image.height()),
+            truth,
+            predicted,
+            right,
+            confidence,
+        })
+    }
+
+    fn html(&self) -> String {
+        let percent = if self.confidence.is_finite() {
+            format!(
+                " <span class=\"soft\">{:.0}&nbsp;%</span>",
+                100.0 * self.confidence
+            )
+        } else {
+            String::new()
+        };
+        let (truth, predicted) = (escape(&self.truth), escape(&self.predicted));
+        let (class, words) = if self.right {
+            ("yes", format!("<b>✓ {predicted}</b>{percent}"))
+        } else {
+            ("no", format!("<b>✗ {predicted}</b>{percent}<br>is {truth}"))
+        };
+        // Photographs are smoothed, tiny images shown pixel by pixel.
+        let tiny = if self.side <= 48 {
+            " class=\"tiny\""
+        } else {
+            ""
+        };
+        let uri = &self.uri;
+        format!(
+            "<li class=\"{class}\"><img{tiny} src=\"{uri}\" alt=\"true class {truth}, predicted {predicted}\">{words}</li>\n"
+        )
+    }
+}
+
+/// Text made safe for element content and quoted attributes.
+pub fn escape(s: &str) -> String {
+    let mut out = String::with_capacity(s.len());
+    for c in s.chars() {
+        match c {
+            '&' => out.push_str("&amp;"),
+            '<' => out.push_str("&lt;"),
+            '>' => out.push_str("&gt;"),
+            '"' => out.push_str("&quot;"),
+            '\'' => out.push_str("&#39;"),
+            // Control characters are not allowed in HTML.
+            c if c.is_control() && !matches!(c, '\n' | '\t') => out.push('\u{fffd}'),
+            c => out.push(c),
+        }
+    }
+    out
+}
+
+/// Half the width of the 95 % interval of an accuracy in percent over `images` images (Wilson's score interval, which
+/// stays sensible near 0 and 100 %), in points.
+pub fn accuracy_margin(top1: f64, images: u64) -> f64 {
+    let (p, n, z) = (top1 / 100.0, images as f64, 1.96);
+    100.0 * z / (1.0 + z * z / n) * (p * (1.0 - p) / n + z * z / (4.0 * n * n)).sqrt()
+}
+
+/// A page under construction: sections with their place in the table of contents.
+struct Page {
+    title: String,
+    lead: String,
+    sections: Vec<(String, String)>,
+    size: usize,
+}
+
+impl Page {
+    fn new(title: &str, lead: String) -> Self {
+        let size = include_str!("report.css").len() + lead.len() + 4096;
+        Page {
+            title: title.to_string(),
+            lead,
+            sections: Vec::new(),
+            size,
+        }
+    }
+
+    fn section(&mut self, heading: &str, body: impl Into<String>) {
+        self.sections.push((heading.to_string(), String::new()));
+        self.more(body);
+    }
+
+    /// More of the last section.
+    fn more(&mut self, body: impl Into<String>) {
+        let mut body = body.into();
+        if self.size + body.len() > LIMIT {
+            body = "<p class=\"soft\">Left out here, to keep this page below 5 MB.</p>\n".into();
+        }
+        self.size += body.len();
+        if let Some((_, text)) = self.sections.last_mut() {
+            text.push_str(&body);
+        }
+    }
+
+    fn finish(self) -> String {
+        let title = escape(&self.title);
+        let mut out = format!(
+            "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
+             <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n<title>{title}</title>\n\
+             <style>\n{}</style>\n</head>\n<body>\n<h1>{title}</h1>\n{}<nav aria-label=\"Contents\">\n",
+            include_str!("report.css"),
+            self.lead
+        );
+        for (i, (heading, _)) in self.sections.iter().enumerate() {
+            let _ = writeln!(out, "<a href=\"#s{i}\">{}</a>", escape(heading));
+        }
+        out.push_str("</nav>\n");
+        for (i, (heading, body)) in self.sections.iter().enumerate() {
+            let _ = write!(
+                out,
+                "<section>\n<h2 id=\"s{i}\">{}</h2>\n{body}</section>\n",
+                escape(heading)
+            );
+        }
+        out.push_str("</body>\n</html>\n");
+        out
+    }
+}
+
+fn table_html(table: &Table) -> String {
+    let class = |a: &Align| {
+        if *a == Align::Left {
+            " class=\"l\""
+        } else {
+            ""
+        }
+    };
+    let mut out = String::from("<div class=\"scroll\"><table>\n<thead><tr>");
+    for (heading, align) in table.columns() {
+        let _ = write!(
+            out,
+            "<th{} scope=\"col\">{}</th>",
+            class(align),
+            escape(heading)
+        );
+    }
+    out.push_str("</tr></thead>\n<tbody>\n");
+    for row in table.rows() {
+        out.push_str("<tr>");
+        for (cell, (_, align)) in row.iter().zip(table.columns()) {
+            let text = if *align == Align::Left {
+                breakable(cell)
+            } else {
+                escape(cell)
+            };
+            let _ = write!(out, "<td{}>{text}</td>", class(align));
+        }
+        out.push_str("</tr>\n");
+    }
+    out.push_str("</tbody></table></div>\n");
+    out
+}
+
+/// Escaped text that may be broken after the separators of a model spec or path, which has no spaces.
+fn breakable(s: &str) -> String {
+    s.split_inclusive([',', '_', '/'])
+        .map(escape)
+        .collect::<Vec<_>>()
+        .join("<wbr>")
+}
+
+/// Name and value, one a row.
+fn facts(rows: &[(&str, String)]) -> String {
+    let mut out = String::from("<div class=\"scroll\"><table>\n");
+    for (name, value) in rows.iter().filter(|(_, v)| !v.is_empty()) {
+        let _ = writeln!(
+            out,
+            "<tr><th class=\"l\" scope=\"row\">{}</th><td class=\"l\">{}</td></tr>",
+            escape(name),
+            escape(value)
+        );
+    }
+    out.push_str("</table></div>\n");
+    out
+}
+
+fn figure(svg: &Svg, caption: &str) -> String {
+    let caption = match caption {
+        "" => String::new(),
+        text => format!("<figcaption>{}</figcaption>\n", escape(text)),
+    };
+    format!("<figure>\n{}{caption}</figure>\n", svg.inline())
+}
+
+fn code(text: &str) -> String {
+    format!("<pre><code>{}</code></pre>\n", escape(text.trim_end()))
+}
+
+fn notes(notes: &[String]) -> String {
+    notes
+        .iter()
+        .map(|n| format!("<p>Note: {}</p>\n", escape(n)))
+        .collect()
+}
+
+fn samples_html(samples: &[Sample], most: usize) -> String {
+    let mut out = String::from("<ul class=\"sheet\">\n");
+    samples
+        .iter()
+        .take(most)
+        .for_each(|s| out.push_str(&s.html()));
+    out.push_str("</ul>\n");
+    out
+}
+
+const CURVES: &str = "Training values are means over the epoch while the weights change and images are augmented; \
+    validation values are taken at its end, without augmentation.";
+const MATRIX: &str = "Each row is divided by the images of its true class: a cell is the share (in percent) that \
+    was predicted as the column's class. Right answers are on the diagonal.";
+
+impl RunReport {
+    fn curve(&self) -> RunCurve<'_> {
+        RunCurve {
+            name: &self.name,
+            family: self.family,
+            epochs: &self.epochs,
+        }
+    }
+
+    /// Wall time of all epochs in seconds.
+    pub fn train_seconds(&self) -> f64 {
+        self.epochs
+            .iter()
+            .map(|r| r.seconds)
+            .filter(|s| s.is_finite())
+            .sum()
+    }
+
+    /// Median over the epochs of training images per second; NaN without epochs.
+    pub fn train_rate(&self) -> f64 {
+        let mut rates: Vec<f64> = self
+            .epochs
+            .iter()
+            .map(|r| r.images_per_second)
+            .filter(|r| r.is_finite())
+            .collect();
+        rates.sort_by(f64::total_cmp);
+        rates.get(rates.len() / 2).copied().unwrap_or(f64::NAN)
+    }
+
+    /// The page.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where parts of the report contradict each other (a matrix without classes).
+    pub fn to_html(&self) -> Result<String> {
+        let about = format!(
+            "<p class=\"soft\">{} on {}{}</p>\n",
+            escape(&self.model),
+            escape(&self.data),
+            if self.provenance.finished.is_empty() {
+                String::new()
+            } else {
+                format!(", {}", escape(&self.provenance.finished))
+            }
+        );
+        let mut page = Page::new(&self.name, about + &self.in_short());
+        page.section("Summary", facts(&self.summary()) + &notes(&self.notes));
+        if !self.epochs.is_empty() {
+            page.section(
+                "Learning curves",
+                figure(&plot::learning_curves(&[self.curve()])?, CURVES),
+            );
+            page.more(figure(
+                &plot::learning_rate(&[self.curve()])?,
+                "Learning rate of each epoch's last step.",
+            ));
+            page.more(epochs_table(&self.epochs));
+        }
+        if let Some(eval) = &self.eval {
+            page.section("Per class", String::new());
+            page.more(figure(
+                &plot::class_f1(&[(&self.name, self.family, eval)])?,
+                F1,
+            ));
+            page.more(per_class(eval));
+            page.section("Confusion matrix", figure(&plot::confusion(eval)?, MATRIX));
+            page.more(confused(eval));
+        }
+        if !self.samples.is_empty() {
+            page.section(
+                "Sample predictions",
+                format!("<p class=\"soft\">{SHEET}</p>\n"),
+            );
+            page.more(samples_html(&self.samples, SAMPLES));
+        }
+        page.section("Configuration", code(&self.config));
+        page.section(
+            "Reproduce",
+            code(&self.command) + &facts(&self.provenance.facts()),
+        );
+        Ok(page.finish())
+    }
+
+    /// The plots of the run as files: name (`learning_curves.svg`) and content.
+    ///
+    /// # Errors
+    /// As [`RunReport::to_html`].
+    pub fn plots(&self) -> Result<Vec<(&'static str, String)>> {
+        let mut files = Vec::new();
+        if !self.epochs.is_empty() {
+            files.push((
+                "learning_curves.svg",
+                plot::learning_curves(&[self.curve()])?.standalone(),
+            ));
+            files.push((
+                "learning_rate.svg",
+                plot::learning_rate(&[self.curve()])?.standalone(),
+            ));
+        }
+        if let Some(eval) = &self.eval {
+            files.push(("confusion.svg", plot::confusion(eval)?.standalone()));
+            files.push((
+                "class_f1.svg",
+                plot::class_f1(&[(&self.name, self.family, eval)])?.standalone(),
+            ));
+        }
+        Ok(files)
+    }
+
+    fn in_short(&self) -> String {
+        match &self.eval {
+            Some(e) => format!(
+                "<p class=\"short\">Right on <strong>{:.2} %</strong> of {} images (95&nbsp;% interval ±&nbsp;{:.1}&nbsp;points), \
+                 macro F1 {:.3}{}.</p>\n",
+                e.top1,
+                e.images,
+                accuracy_margin(e.top1, e.images),
+                e.macro_f1,
+                if self.epochs.is_empty() {
+                    String::new()
+                } else {
+                    format!(
+                        ", after {} epochs in {}",
+                        self.epochs.last().map_or(0, |r| r.epoch),
+                        duration(self.train_seconds())
+                    )
+                }
+            ),
+            None => String::new(),
+        }
+    }
+
+    fn summary(&self) -> Vec<(&'static str, String)> {
+        let mut rows = vec![
+            ("Model", self.model.clone()),
+            ("Data", self.data.clone()),
+            ("Parameters", si(self.params as f64)),
+            (
+                "FLOPs per image, forward",
+                self.flops.map_or(String::new(), |f| si(f as f64)),
+            ),
+        ];
+        if let Some(e) = &self.eval {
+            rows.extend([
+                ("Evaluated on", format!("{}, {} images", e.data, e.images)),
+                ("Top-1", format!("{:.2} %", e.top1)),
+                ("Top-5", format!("{:.2} %", e.top5)),
+                ("Loss (cross-entropy)", number(e.loss, 4)),
+                ("Macro F1", number(e.macro_f1, 4)),
+                ("Weighted F1", number(e.weighted_f1, 4)),
+                (
+                    "Evaluation speed",
+                    format!("{} images/s", number(e.images_per_second, 0)),
+                ),
+            ]);
+        }
+        if let Some(last) = self.epochs.last() {
+            rows.extend([
+                ("Epochs", last.epoch.to_string()),
+                ("Training time", duration(self.train_seconds())),
+                (
+                    "Training speed",
+                    format!("{} images/s (median epoch)", number(self.train_rate(), 0)),
+                ),
+            ]);
+        }
+        rows.push(("Device", self.provenance.device.clone()));
+        rows
+    }
+}
+
+const F1: &str = "F1 is the harmonic mean of precision (how many predictions of a class are right) and recall (how \
+    many of its images are found).";
+const SHEET: &str = "✓ and a full line: right; ✗ and a dashed line: wrong, with the true class below. The percentage \
+    is the probability that the model gave to its answer.";
+
+impl Provenance {
+    fn facts(&self) -> Vec<(&'static str, String)> {
+        vec![
+            ("Version", self.version.clone()),
+            ("Commit", self.commit.clone()),
+            ("Device", self.device.clone()),
+            ("Seed", self.seed.to_string()),
+            ("Finished", self.finished.clone()),
+        ]
+    }
+}
+
+/// Every epoch's row, folded away.
+fn epochs_table(epochs: &[EpochRow]) -> String {
+    let mut table = Table::new([
+        "epoch",
+        "train loss",
+        "train top-1 %",
+        "val loss",
+        "val top-1 %",
+        "val top-5 %",
+        "learning rate",
+        "images/s",
+        "time",
+    ]);
+    for r in epochs {
+        table.row([
+            r.epoch.to_string(),
+            number(r.train_loss, 4),
+            number(r.train_top1, 2),
+            number(r.val_loss, 4),
+            number(r.val_top1, 2),
+            number(r.val_top5, 2),
+            if r.lr.is_finite() {
+                format!("{:.2e}", r.lr)
+            } else {
+                "-".into()
+            },
+            number(r.images_per_second, 0),
+            duration(r.seconds),
+        ]);
+    }
+    format!(
+        "<details><summary>All epochs as numbers</summary>\n{}</details>\n",
+        table_html(&table)
+    )
+}
+
+/// The per-class table: all classes up to 20, else worst and best ten, and all folded away.
+fn per_class(eval: &EvalReport) -> String {
+    let all = table_html(&class_table(&eval.per_class.iter().collect::<Vec<_>>()));
+    if eval.per_class.len() <= SMALL {
+        return all;
+    }
+    let (worst, best) = eval.extremes(10);
+    format!(
+        "<h3>The ten worst classes by F1</h3>\n{}<h3>The ten best</h3>\n{}<details><summary>All {} classes</summary>\n{all}</details>\n",
+        table_html(&class_table(&worst)),
+        table_html(&class_table(&best)),
+        eval.per_class.len()
+    )
+}
+
+fn confused(eval: &EvalReport) -> String {
+    let pairs = eval.most_confused(10);
+    if pairs.is_empty() {
+        return "<p>No image was mistaken for another class.</p>\n".into();
+    }
+    let mut table =
+        Table::new(["true class", "predicted as", "images", "% of the class"]).left(&[0, 1]);
+    for (t, p, n) in pairs {
+        let (truth, predicted) = (&eval.per_class[t], &eval.per_class[p]);
+        let share = 100.0 * n as f64 / truth.support as f64;
+        table.row([
+            truth.name.clone(),
+            predicted.name.clone(),
+            n.to_string(),
+            format!("{share:.1}"),
+        ]);
+    }
+    format!("<h3>Most frequent mistakes</h3>\n{}", table_html(&table))
+}
+
+impl CompareReport {
+    /// One row a run: size, accuracy, time. The gap is the last epoch's training top-1 minus the evaluated top-1.
+    pub fn table(&self) -> Table {
+        let mut table = Table::new([
+            "run",
+            "params",
+            "FLOPs/image",
+            "epochs",
+            "top-1 %",
+            "± 95 %",
+            "loss",
+            "macro F1",
+            "train-test gap",
+            "training time",
+            "train images/s",
+            "eval images/s",
+        ])
+        .left(&[0]);
+        for run in &self.runs {
+            let e = run.eval.as_ref();
+            let value = |get: fn(&EvalReport) -> f64, decimals| {
+                e.map_or("-".into(), |e| number(get(e), decimals))
+            };
+            let train = run.epochs.last().map_or(f64::NAN, |r| r.train_top1);
+            table.row([
+                run.name.clone(),
+                si(run.params as f64),
+                run.flops.map_or("-".into(), |f| si(f as f64)),
+                run.epochs
+                    .last()
+                    .map_or("-".into(), |r| r.epoch.to_string()),
+                value(|e| e.top1, 2),
+                value(|e| accuracy_margin(e.top1, e.images), 2),
+                value(|e| e.loss, 4),
+                value(|e| e.macro_f1, 4),
+                e.map_or("-".into(), |e| number(train - e.top1, 2)),
+                if run.epochs.is_empty() {
+                    "-".into()
+                } else {
+                    duration(run.train_seconds())
+                },
+                number(run.train_rate(), 0),
+                value(|e| e.images_per_second, 0),
+            ]);
+        }
+        table
+    }
+
+    /// One sentence on what came out, where at least two runs were evaluated on the same images; else empty.
+    fn in_short(&self) -> String {
+        let mut ranked: Vec<(&RunReport, &EvalReport)> = self
+            .runs
+            .iter()
+            .filter_map(|r| Some((r, r.eval.as_ref()?)))
+            .collect();
+        ranked.sort_by(|a, b| b.1.top1.total_cmp(&a.1.top1));
+        let [(first, a), (second, b), ..] = ranked[..] else {
+            return String::new();
+        };
+        if ranked
+            .iter()
+            .any(|(_, e)| (&e.data, e.images) != (&a.data, a.images))
+        {
+            return String::new();
+        }
+        let gap = a.top1 - b.top1;
+        // The intervals are those of independent samples; over the same images the true uncertainty is smaller.
+        let unsure =
+            gap < accuracy_margin(a.top1, a.images).hypot(accuracy_margin(b.top1, b.images));
+        format!(
+            "<p class=\"short\"><strong>{}</strong> is right most often: {:.2} % of {} images, {gap:.2} points before \
+             <strong>{}</strong>{}.</p>\n",
+            escape(&first.name),
+            a.top1,
+            a.images,
+            escape(&second.name),
+            if unsure {
+                "; with so few images or so small a gap this may be chance"
+            } else {
+                ""
+            }
+        )
+    }
+
+    /// The page.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where there is no run, or parts of a run's report contradict each other.
+    pub fn to_html(&self) -> Result<String> {
+        if self.runs.is_empty() {
+            return Err(Error::input(format!("{}: no runs to compare", self.title)));
+        }
+        let lead = if self.question.is_empty() {
+            String::new()
+        } else {
+            format!("<p>{}</p>\n", escape(&self.question))
+        };
+        let mut page = Page::new(&self.title, lead + &self.in_short());
+        page.section("Summary", table_html(&self.table()));
+        page.more(format!("<p class=\"soft\">{SUMMARY}</p>\n"));
+        for run in &self.runs {
+            page.more(notes(
+                &run.notes
+                    .iter()
+                    .map(|n| format!("{}: {n}", run.name))
+                    .collect::<Vec<_>>(),
+            ));
+        }
+        let curves: Vec<RunCurve> = self
+            .runs
+            .iter()
+            .filter(|r| !r.epochs.is_empty())
+            .map(RunReport::curve)
+            .collect();
+        if !curves.is_empty() {
+            page.section(
+                "Learning curves",
+                figure(&plot::learning_curves(&curves)?, CURVES),
+            );
+            page.more(figure(
+                &plot::learning_rate(&curves)?,
+                "Learning rate of each epoch's last step.",
+            ));
+        }
+        self.per_class(&mut page)?;
+        let evaluated = || self.runs.iter().filter_map(|r| Some((r, r.eval.as_ref()?)));
+        if evaluated().next().is_some() {
+            page.section(
+                "Confusion matrices",
+                format!("<p class=\"soft\">{MATRIX}</p>\n"),
+            );
+            for (run, eval) in evaluated() {
+                page.more(format!(
+                    "<h3>{}</h3>\n{}",
+                    escape(&run.name),
+                    figure(&plot::confusion(eval)?, "")
+                ));
+            }
+        }
+        let with_samples: Vec<_> = self.runs.iter().filter(|r| !r.samples.is_empty()).collect();
+        if let Some(most) = SAMPLES.checked_div(with_samples.len()) {
+            page.section(
+                "Sample predictions",
+                format!("<p class=\"soft\">{SHEET}</p>\n"),
+            );
+            for run in with_samples {
+                let sheet = samples_html(&run.samples, most.max(8));
+                page.more(format!("<h3>{}</h3>\n{sheet}", escape(&run.name)));
+            }
+        }
+        page.section("Configurations", String::new());
+        for run in &self.runs {
+            let name = escape(&run.name);
+            page.more(format!(
+                "<details><summary>{name}</summary>\n{}</details>\n",
+                code(&run.config)
+            ));
+        }
+        page.section("Reproduce", code(&self.command));
+        for run in &self.runs {
+            page.more(format!("<h3>{}</h3>\n", escape(&run.name)));
+            page.more(code(&run.command) + &facts(&run.provenance.facts()));
+        }
+        Ok(page.finish())
+    }
+
+    /// Bars and a table for the runs that share the first one's classes; the others are named.
+    fn per_class(&self, page: &mut Page) -> Result<()> {
+        let evaluated: Vec<(&RunReport, &EvalReport)> = self
+            .runs
+            .iter()
+            .filter_map(|r| Some((r, r.eval.as_ref()?)))
+            .collect();
+        let Some((_, first)) = evaluated.first() else {
+            return Ok(());
+        };
+        let same = |e: &EvalReport| {
+            e.per_class
+                .iter()
+                .map(|c| &c.name)
+                .eq(first.per_class.iter().map(|c| &c.name))
+        };
+        let (alike, others): (Vec<_>, Vec<_>) = evaluated.iter().partition(|(_, e)| same(e));
+        let bars: Vec<_> = alike
+            .iter()
+            .map(|(r, e)| (r.name.as_str(), r.family, *e))
+            .collect();
+        page.section("Per class", figure(&plot::class_f1(&bars)?, F1));
+        if !others.is_empty() {
+            let names: Vec<_> = others.iter().map(|(r, _)| escape(&r.name)).collect();
+            page.more(format!(
+                "<p>Not shown, with other classes: {}.</p>\n",
+                names.join(", ")
+            ));
+        }
+        let headings = ["class", "name", "support"]
+            .into_iter()
+            .chain(alike.iter().map(|(r, _)| r.name.as_str()));
+        let mut table = Table::new(headings).left(&[1]);
+        for (c, class) in first.per_class.iter().enumerate() {
+            let head = [c.to_string(), class.name.clone(), class.support.to_string()];
+            table.row(
+                head.into_iter().chain(
+                    alike
+                        .iter()
+                        .map(|(_, e)| format!("{:.4}", e.per_class[c].f1)),
+                ),
+            );
+        }
+        page.more(format!(
+            "<details{}><summary>F1 of every class as numbers</summary>\n{}</details>\n",
+            if first.per_class.len() <= SMALL {
+                " open"
+            } else {
+                ""
+            },
+            table_html(&table)
+        ));
+        Ok(())
+    }
+}
+
+const SUMMARY: &str = "FLOPs of one forward pass, a multiply-add counted as 2. ± 95 %: half the width of the interval \
+    that the number of test images allows (Wilson), in points. Train-test gap: last epoch's training top-1 minus test \
+    top-1, in points. Times are wall times of all epochs, validation included.";
+
+#[cfg(test)]
+mod tests {
+    use super::super::metrics::{Evaluation, Subject};
+    use super::*;
+
+    const EVIL: &str = "<script>alert('1')</script>&\"";
+
+    /// `wrong` in ten images are mistaken for the next class.
+    fn eval(k: usize, wrong: usize, name: &str) -> EvalReport {
+        let mut e = Evaluation::new(k);
+        for i in 0..4 * k {
+            let (label, mut row) = (i % k, vec![0f32; k]);
+            let guess = if i % 10 < wrong { label + 1 } else { label };
+            row[guess % k] = 1.0;
+            e.add(&row, &[label as u32]).unwrap();
+        }
+        let subject = Subject {
+            model: name.into(),
+            data: name.into(),
+            backend: "cpu".into(),
+        };
+        e.finish(
+            subject,
+            &(0..k).map(|c| format!("{name}{c}")).collect::<Vec<_>>(),
+            1.0,
+        )
+        .unwrap()
+    }
+
+    fn run(k: usize, wrong: usize, text: &str) -> RunReport {
+        let row = |epoch| EpochRow {
+            epoch,
+            train_loss: 1.0,
+            train_top1: 90.0,
+            val_loss: f64::NAN,
+            val_top1: 80.0,
+            val_top5: 99.0,
+            lr: 0.1,
+            images_per_second: epoch as f64,
+            seconds: 2.0,
+        };
+        // A multiplicative hash: noise, which a PNG cannot shrink.
+        let noise: Vec<u8> = (0..200 * 100 * 3u32)
+            .map(|i| (i.wrapping_mul(2_654_435_761) >> 9) as u8)
+            .collect();
+        let sample = Sample::new(&noise, 200, 100, text, text, false, 0.5).unwrap();
+        RunReport {
+            name: text.into(),
+            model: text.into(),
+            family: Family::Cnn,
+            data: text.into(),
+            params: 11_689_512,
+            flops: Some(3_600_000_000),
+            epochs: (1..=3).map(row).collect(),
+            eval: Some(eval(k, wrong, text)),
+            samples: vec![sample; 100],
+            config: text.into(),
+            command: text.into(),
+            provenance: Provenance {
+                version: text.into(),
+                commit: text.into(),
+                device: text.into(),
+                seed: 7,
+                finished: text.into(),
+            },
+            notes: vec![text.into()],
+        }
+    }
+
+    /// No script, nothing that a browser would load, every section, each element closed.
+    fn check(page: &str, sections: &[&str]) {
+        assert!(page.len() < 5_000_000, "{} bytes", page.len());
+        assert!(!page.contains("<script") && !page.contains("alert('1')"));
+        for (at, _) in page.match_indices("http") {
+            assert!(
+                page[at..].starts_with("http://www.w3.org/2000/svg\""),
+                "{}",
+                &page[at..at + 60]
+            );
+        }
+        for attribute in [" src=\"", " href=\""] {
+            for (at, _) in page.match_indices(attribute) {
+                let value = &page[at + attribute.len()..][..10];
+                assert!(
+                    value.starts_with("data:image") || value.starts_with('#'),
+                    "{value}"
+                );
+            }
+        }
+        for (i, s) in sections.iter().enumerate() {
+            assert!(
+                page.contains(&format!("<a href=\"#s{i}\">{s}</a>")),
+                "{s} in the contents"
+            );
+            assert!(page.contains(&format!("<h2 id=\"s{i}\">{s}</h2>")), "{s}");
+        }
+        for tag in [
+            "section", "figure", "table", "details", "svg", "ul", "li", "pre", "p",
+        ] {
+            let opened = page.matches(&format!("<{tag}>")).count()
+                + page.matches(&format!("<{tag} ")).count();
+            assert_eq!(
+                opened,
+                page.matches(&format!("</{tag}>")).count(),
+                "<{tag}>"
+            );
+        }
+    }
+
+    #[test]
+    fn a_run_page_is_whole_and_safe() {
+        let r = run(10, 3, EVIL);
+        let page = r.to_html().unwrap();
+        let sections = [
+            "Summary",
+            "Learning curves",
+            "Per class",
+            "Confusion matrix",
+            "Sample predictions",
+            "Configuration",
+            "Reproduce",
+        ];
+        check(&page, &sections);
+        assert!(page.contains("11.7 M") && page.contains("3.60 G") && page.contains("70.00 %"));
+        assert_eq!(page.matches("<li class=\"no\">").count(), SAMPLES);
+        assert_eq!((r.train_seconds(), r.train_rate()), (6.0, 2.0));
+        let names: Vec<_> = r.plots().unwrap().into_iter().map(|p| p.0).collect();
+        assert_eq!(
+            names,
+            [
+                "learning_curves.svg",
+                "learning_rate.svg",
+                "confusion.svg",
+                "class_f1.svg"
+            ]
+        );
+        let alone = RunReport {
+            epochs: vec![],
+            eval: None,
+            samples: vec![],
+            ..r
+        };
+        check(
+            &alone.to_html().unwrap(),
+            &["Summary", "Configuration", "Reproduce"],
+        );
+    }
+
+    #[test]
+    fn a_comparison_is_whole_and_safe() {
+        let mut other = run(10, 3, "vit");
+        other.family = Family::Vit;
+        let runs = vec![run(10, 1, EVIL), run(10, 5, EVIL), other];
+        let mut c = CompareReport {
+            title: EVIL.into(),
+            question: EVIL.into(),
+            runs,
+            command: EVIL.into(),
+        };
+        let page = c.to_html().unwrap();
+        let sections = [
+            "Summary",
+            "Learning curves",
+            "Per class",
+            "Confusion matrices",
+            "Sample predictions",
+            "Configurations",
+            "Reproduce",
+        ];
+        check(&page, &sections);
+        // The third was evaluated on other images, so that no winner is named.
+        assert!(
+            !page.contains("is right most often")
+                && page.contains("Not shown, with other classes: vit")
+        );
+        c.runs.pop();
+        let page = c.to_html().unwrap();
+        assert!(
+            page.contains("90.00 % of 40 images, 40.00 points before")
+                && !page.contains("may be chance")
+        );
+        c.runs.clear();
+        assert!(c.to_html().is_err());
+    }
+
+    #[test]
+    fn a_page_stays_small() {
+        let mut big = run(300, 6, "class");
+        big.config = "x".repeat(3_000_000);
+        let runs = vec![big; 3];
+        let page = CompareReport {
+            title: "t".into(),
+            question: String::new(),
+            runs,
+            command: "c".into(),
+        }
+        .to_html()
+        .unwrap();
+        check(&page, &["Summary"]);
+        assert!(page.contains("Left out here") && page.contains("<h2 id=\"s6\">Reproduce"));
+    }
+
+    #[test]
+    fn samples_are_checked_and_reduced() {
+        assert!(Sample::new(&[0; 11], 2, 2, "a", "b", true, 1.0).is_err());
+        assert!(Sample::new(&[], 0, 0, "a", "b", true, 1.0).is_err());
+        let s = Sample::new(&[9; 3 * 12_000], 12_000, 1, "a", "b", true, f64::NAN).unwrap();
+        assert_eq!(s.side, SAMPLE_SIDE);
+        assert!(!s.html().contains('%'));
+    }
+
+    #[test]
+    fn wilson_interval() {
+        // 50 of 100 gives 0.4038 to 0.5962.
+        assert!((accuracy_margin(50.0, 100) - 9.617).abs() < 1e-3);
+        assert!(accuracy_margin(100.0, 100) > 1.0);
+    }
+}
