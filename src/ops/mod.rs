@@ -10,11 +10,14 @@ pub mod case;
 pub mod check;
 pub mod conv2d;
 pub mod elementwise;
+pub mod global_avg_pool;
 pub mod layer_norm;
 pub mod layer_scale;
 pub mod linear;
+pub mod max_pool;
 pub mod random;
 pub mod reference;
+pub mod subsample;
 pub mod tokens;
 
 use crate::backend::cpu::{CpuCx, CpuKernel};
@@ -150,6 +153,9 @@ pub const ROOMS: &[&Room] = &[
     &batch_norm::ROOM,
     &batch_norm::eval::ROOM,
     &batch_norm::fold::ROOM,
+    &max_pool::ROOM,
+    &global_avg_pool::ROOM,
+    &subsample::ROOM,
 ];
 
 /// The room called `name`.
