@@ -132,7 +132,8 @@ unsafe fn finish_cols(t: &Finish, cols: usize) {
 pub(crate) fn exp_neg(x: f32) -> f32 {
     // x = n ln 2 + r with |r| <= ln 2 / 2; ln 2 in two parts (Cody and Waite) keeps r exact.
     let x = x.max(-87.0);
-    let n = (x * LOG2_E + 12_582_912.0) - 12_582_912.0; // adding 1.5 * 2^23 rounds to an integer
+    let shifted = x * LOG2_E + 12_582_912.0; // adding 1.5 * 2^23 rounds to an integer, in the low bits
+    let n = shifted - 12_582_912.0;
     let r = (x - n * 0.693_359_4) + n * 2.121_944_4e-4;
     // Taylor polynomial to r^7 / 7!: the rest is below 1e-8 there.
     let mut p = 1.0 / 5040.0;
@@ -147,7 +148,7 @@ pub(crate) fn exp_neg(x: f32) -> f32 {
     ] {
         p = p * r + c;
     }
-    p * f32::from_bits(((n as i32 + 127) as u32) << 23)
+    p * f32::from_bits(shifted.to_bits().wrapping_add(127) << 23)
 }
 
 /// GELU with the error function by Abramowitz and Stegun 7.1.26 (absolute error of erf 1.5e-7).
@@ -165,7 +166,7 @@ pub(crate) fn gelu_erf(x: f32) -> f32 {
 /// GELU by its tanh formula, as `x * sigmoid(2 u)`.
 #[inline(always)]
 pub(crate) fn gelu_tanh(x: f32) -> f32 {
-    let u = 1.595_769_1 * (x + 0.044_715 * x * x * x); // 2 sqrt(2 / pi) (...)
+    let u = 1.595_769 * (x + 0.044_715 * x * x * x); // 2 sqrt(2 / pi) (...)
     let e = exp_neg(-u.abs());
     let s = 1.0 / (1.0 + e); // sigmoid(|u|)
     x * if u < 0.0 { e * s } else { s }

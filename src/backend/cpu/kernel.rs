@@ -96,6 +96,7 @@ impl Kernels {
 }
 
 #[inline(always)]
+#[allow(clippy::needless_range_loop)] // indices up to constants unroll; iterators do not always
 unsafe fn rows_tile<S: Simd, const MR: usize, const NV: usize>(t: &Rows) {
     // SAFETY: `Kernels::rows` states what must hold; every pointer below is inside those ranges.
     unsafe {
@@ -120,6 +121,7 @@ unsafe fn rows_tile<S: Simd, const MR: usize, const NV: usize>(t: &Rows) {
 }
 
 #[inline(always)]
+#[allow(clippy::needless_range_loop)] // indices up to constants unroll; iterators do not always
 unsafe fn outer_tile<S: Simd, const MR: usize, const NV: usize>(t: &Outer) {
     // SAFETY: `Kernels::outer` states what must hold.
     unsafe {
@@ -141,6 +143,7 @@ unsafe fn outer_tile<S: Simd, const MR: usize, const NV: usize>(t: &Outer) {
 }
 
 #[inline(always)]
+#[allow(clippy::needless_range_loop)] // indices up to constants unroll; iterators do not always
 unsafe fn store_tile<S: Simd, const MR: usize, const NV: usize>(
     acc: &[[S::V; NV]; MR],
     out: *mut f32,

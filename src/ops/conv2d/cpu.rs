@@ -12,23 +12,19 @@
 //!
 //! Nothing depends on the number of threads but which thread does what, so the bits do not either.
 
+mod blocks;
+mod wgrad;
+
 use super::shape::ConvShape;
 use crate::backend::cpu::gemm::{Mat, column_sums, gemm};
-use crate::backend::cpu::kernel::{Kernels, MAX_MR, MAX_NR, Outer, Rows, kernels};
+use crate::backend::cpu::kernel::{Kernels, MAX_MR, MAX_NR, Rows, kernels};
 use crate::backend::cpu::pack::{pack_panel_cols, pack_panel_rows, packed_len};
 use crate::backend::cpu::parallel::{Shared, parallel_for, part};
 use crate::backend::cpu::scratch::{with_floats, with_indices};
 use crate::backend::cpu::{Activation, Epilogue, Finish, RawEpilogue};
+use blocks::{Blocks, Window, trim};
 use std::ops::Range;
-
-/// Floats of padded input that a block should stay below, to fit in L2.
-const BLOCK_FLOATS: usize = 64 * 1024;
-/// Pixels that a block should have, to make use of each packed weight.
-const BLOCK_PIXELS: usize = 96;
-/// Weights up to this size (floats) are summed in partial copies by wgrad.
-const PARTIAL_FLOATS: usize = 64 * 1024;
-/// Partial copies of dW, at most.
-const PARTIALS: usize = 16;
+use wgrad::{PARTIAL_FLOATS, wgrad_with};
 
 /// Weights `[K, R, S, C / groups]` packed once for [`fprop_packed`], for inference.
 pub struct PackedFilter {
@@ -37,7 +33,7 @@ pub struct PackedFilter {
 }
 
 impl PackedFilter {
-    /// Packs `w` for convolutions of this shape (any N, H, W).
+    /// Packs `w` for convolutions of this shape, of any batch size.
     pub fn new(shape: &ConvShape, w: &[f32]) -> Self {
         let kernels = kernels();
         let mut data = vec![0.0; fprop_packed_len(kernels, shape)];
@@ -179,98 +175,6 @@ fn check_len(name: &str, s: &[f32], want: usize) {
     );
 }
 
-/// How the pixels of a batch are cut into blocks: rows of one image, or whole images.
-#[derive(Clone, Copy)]
-struct Blocks {
-    images: usize,
-    rows: usize,
-    images_per: usize,
-    rows_per: usize,
-}
-
-impl Blocks {
-    /// For `rows` rows of `cols` pixels per image, where a row of pixels brings `row_floats` of scratch.
-    fn new(images: usize, rows: usize, cols: usize, row_floats: usize) -> Self {
-        let fit = (BLOCK_FLOATS / row_floats.max(1)).max(1);
-        if fit >= rows {
-            let wanted = BLOCK_PIXELS.div_ceil((rows * cols).max(1));
-            let images_per = wanted.min(fit / rows.max(1)).clamp(1, images.max(1));
-            return Blocks {
-                images,
-                rows,
-                images_per,
-                rows_per: rows,
-            };
-        }
-        let wanted = BLOCK_PIXELS.div_ceil(cols);
-        let parts = rows.div_ceil(fit.max(wanted).min(rows));
-        Blocks {
-            images,
-            rows,
-            images_per: 1,
-            rows_per: rows.div_ceil(parts),
-        }
-    }
-
-    fn row_parts(&self) -> usize {
-        self.rows.div_ceil(self.rows_per)
-    }
-
-    fn count(&self) -> usize {
-        self.images.div_ceil(self.images_per) * self.row_parts()
-    }
-
-    /// Images and rows of block `i`.
-    fn get(&self, i: usize) -> (Range<usize>, Range<usize>) {
-        let (group, rows) = (i / self.row_parts(), i % self.row_parts());
-        let images = group * self.images_per..((group + 1) * self.images_per).min(self.images);
-        let rows = rows * self.rows_per..((rows + 1) * self.rows_per).min(self.rows);
-        (images, rows)
-    }
-}
-
-/// A window of `[images, height, width, c]` copied with zeros around it: rows `h0 ..` and columns `w0 ..`, which may
-/// lie outside the image.
-struct Window {
-    h0: isize,
-    w0: isize,
-    height: usize,
-    width: usize,
-}
-
-impl Window {
-    fn len(&self, images: usize, c: usize) -> usize {
-        images * self.height * self.width * c
-    }
-
-    /// Copies the window of `images` from `x[_, h, w, c]` to `out`.
-    fn copy(&self, x: &[f32], [h, w, c]: [usize; 3], images: Range<usize>, out: &mut [f32]) {
-        let left = (-self.w0).clamp(0, self.width as isize) as usize;
-        let from = self.w0.max(0) as usize;
-        let cols = (self.width - left).min(w.saturating_sub(from));
-        let line = self.width * c;
-        for (i, out) in out[..self.len(images.len(), c)]
-            .chunks_exact_mut(line.max(1))
-            .enumerate()
-        {
-            let (image, row) = (
-                images.start + i / self.height,
-                self.h0 + (i % self.height) as isize,
-            );
-            if row < 0 || row >= h as isize {
-                out.fill(0.0);
-                continue;
-            }
-            out[..left * c].fill(0.0);
-            let source = ((image * h + row as usize) * w + from) * c;
-            if cols > 0 {
-                out[left * c..(left + cols) * c].copy_from_slice(&x[source..source + cols * c]);
-            }
-            out[(left + cols) * c..].fill(0.0);
-        }
-    }
-}
-
 /// An implicit GEMM over the pixels of a block: `C[pixel, n] = sum over (seg, k)`.
 struct Tiles<'a> {
     kernels: &'static Kernels,
@@ -356,12 +260,15 @@ fn segments(seg: &mut [usize], [r, s]: [usize; 2], width: usize, c: usize, group
     debug_assert_eq!(seg.len(), if groups == 1 { r } else { r * s });
 }
 
-fn fprop_packed_len(kernels: &Kernels, s: &ConvShape) -> usize {
+fn fprop_packed_len(kernels: &Kernels, full: &ConvShape) -> usize {
+    let (s, _) = trim(full);
     s.groups * packed_len(kernels, s.r * s.s * s.cg(), s.kg())
 }
 
-fn pack_fprop(kernels: &'static Kernels, s: &ConvShape, w: &[f32], out: &mut [f32]) {
-    let (kg, depth) = (s.kg(), s.r * s.s * s.cg());
+/// Packs the weights as `[group][panel][(r, s, c)][nr]`.
+fn pack_fprop(kernels: &'static Kernels, full: &ConvShape, w: &[f32], out: &mut [f32]) {
+    let (s, filter) = trim(full);
+    let (kg, line, depth) = (s.kg(), s.s * s.cg(), s.r * s.s * s.cg());
     let panels = kg.div_ceil(kernels.nr());
     let group_len = packed_len(kernels, depth, kg);
     let shared = Shared::new(out);
@@ -372,18 +279,28 @@ fn pack_fprop(kernels: &'static Kernels, s: &ConvShape, w: &[f32], out: &mut [f3
         let out = unsafe {
             std::slice::from_raw_parts_mut(shared.get().add(g * group_len + j * depth), depth * nr)
         };
-        pack_panel_cols(out, &w[g * kg * depth..], depth, j, kg, nr);
+        for (r, out) in out.chunks_exact_mut(line * nr).enumerate() {
+            pack_panel_cols(
+                out,
+                &w[filter.tap(g * kg, r, 0)..],
+                filter.k_step,
+                j,
+                kg,
+                nr,
+            );
+        }
     });
 }
 
 fn fprop_with(
     kernels: &'static Kernels,
-    s: &ConvShape,
+    full: &ConvShape,
     x: &[f32],
     packed: &[f32],
     ep: Epilogue,
     y: &mut [f32],
 ) {
+    let (s, _) = &trim(full);
     check_len("x", x, s.input_len());
     check_len("y", y, s.output_len());
     assert!(
@@ -462,12 +379,13 @@ fn phase_taps(size: usize, stride: usize, f: usize) -> usize {
 
 fn dgrad_with(
     kernels: &'static Kernels,
-    s: &ConvShape,
+    full: &ConvShape,
     dy: &[f32],
     w: &[f32],
     addend: Option<&[f32]>,
     dx: &mut [f32],
 ) {
+    let (s, filter) = &trim(full);
     check_len("dy", dy, s.output_len());
     check_len("dx", dx, s.input_len());
     assert!(
@@ -520,7 +438,7 @@ fn dgrad_with(
                 let (tap, k) = (row / kg, row % kg);
                 let r = p / sw + sh * (pr - 1 - tap / ps);
                 let ss = p % sw + sw * (ps - 1 - tap % ps);
-                &w[(((g * kg + k) * s.r + r) * s.s + ss) * cg..][..cg]
+                &w[filter.tap(g * kg + k, r, ss)..][..cg]
             });
         });
         let packed = &*packed;
@@ -595,207 +513,5 @@ fn dgrad_with(
     });
 }
 
-fn wgrad_with(
-    kernels: &'static Kernels,
-    s: &ConvShape,
-    x: &[f32],
-    dy: &[f32],
-    dw: &mut [f32],
-    accumulate: bool,
-) {
-    let total = s.weight_len();
-    if total == 0 {
-        return;
-    }
-    if s.output_len() == 0 {
-        if !accumulate {
-            dw[..total].fill(0.0);
-        }
-        return;
-    }
-    let [sh, sw] = s.stride;
-    let width = (s.wo - 1) * sw + s.s;
-    let blocks = Blocks::new(s.n, s.ho, s.wo, sh * width * s.c + s.wo * s.k);
-    let partials = if total <= PARTIAL_FLOATS {
-        blocks.count().min(PARTIALS)
-    } else {
-        1
-    };
-    // Kernel rows and parts of K, so that there is work for every thread.
-    let threads = rayon::current_num_threads();
-    let k_parts = (4 * threads)
-        .div_ceil(partials * s.r)
-        .clamp(1, s.kg().div_ceil(2 * kernels.mr()));
-    let owners = if partials >= 4 * threads {
-        1
-    } else {
-        s.r * k_parts
-    };
-    let run = |out: Shared, accumulate: bool| {
-        parallel_for(partials * owners, |task| {
-            let (partial, owner) = (task / owners, task % owners);
-            let job = Wgrad {
-                kernels,
-                s,
-                x,
-                dy,
-                // SAFETY: `out` holds `partials` copies of dw; this task alone writes its part of this one.
-                dw: unsafe { out.get().add(partial * total) },
-                r: if owners == 1 {
-                    0..s.r
-                } else {
-                    owner / k_parts..owner / k_parts + 1
-                },
-                k: if owners == 1 {
-                    0..s.kg()
-                } else {
-                    part(s.kg(), k_parts, owner % k_parts)
-                },
-            };
-            let mine = part(blocks.count(), partials, partial);
-            for b in mine.clone() {
-                let (images, rows) = blocks.get(b);
-                job.block(images, rows, accumulate || b > mine.start);
-            }
-        });
-    };
-    if partials == 1 {
-        return run(Shared::new(dw), accumulate);
-    }
-    with_floats(partials * total, |sums| {
-        run(Shared::new(sums), false);
-        let out = Shared::new(dw);
-        let pieces = total.div_ceil(4096);
-        parallel_for(pieces, |i| {
-            let range = part(total, pieces, i);
-            // SAFETY: this task alone writes this range.
-            let out =
-                unsafe { std::slice::from_raw_parts_mut(out.get().add(range.start), range.len()) };
-            if !accumulate {
-                out.fill(0.0);
-            }
-            for p in 0..partials {
-                let sums = &sums[p * total..][range.clone()];
-                out.iter_mut().zip(sums).for_each(|(o, v)| *o += v);
-            }
-        });
-    });
-}
-
-/// The part of dW that one task computes: kernel rows `r` and output channels `k` (of each group).
-struct Wgrad<'a> {
-    kernels: &'static Kernels,
-    s: &'a ConvShape,
-    x: &'a [f32],
-    dy: &'a [f32],
-    dw: *mut f32,
-    r: Range<usize>,
-    k: Range<usize>,
-}
-
-impl Wgrad<'_> {
-    /// Adds (or stores) the products over the pixels of one block.
-    fn block(&self, images: Range<usize>, rows: Range<usize>, accumulate: bool) {
-        let s = self.s;
-        let [sh, sw] = s.stride;
-        let (cg, kg) = (s.cg(), s.kg());
-        let window = Window {
-            h0: (rows.start * sh + self.r.start) as isize - s.pad[0] as isize,
-            w0: -(s.pad[1] as isize),
-            height: (rows.len() - 1) * sh + self.r.len(),
-            width: (s.wo - 1) * sw + s.s,
-        };
-        let pixels = images.len() * rows.len() * s.wo;
-        // The kernels load whole registers, so the last pixel may be read beyond its end.
-        with_floats(window.len(images.len(), s.c) + MAX_NR, |b| {
-            with_indices(pixels, |b_row| {
-                window.copy(self.x, [s.h, s.w, s.c], images.clone(), b);
-                let mut q = 0;
-                for i in 0..images.len() {
-                    for row in 0..rows.len() {
-                        let at = (i * window.height + row * sh) * window.width;
-                        for col in 0..s.wo {
-                            b_row[q] = (at + col * sw) * s.c;
-                            q += 1;
-                        }
-                    }
-                }
-                let pixel = (images.start * s.ho + rows.start) * s.wo;
-                // With one group the columns (s, c) under a kernel row are contiguous.
-                let (taps, n) = if s.groups == 1 {
-                    (1, s.s * s.c)
-                } else {
-                    (s.s, cg)
-                };
-                for g in 0..s.groups {
-                    for (row, r) in self.r.clone().enumerate() {
-                        for tap in 0..taps {
-                            let b_at = (row * window.width + tap) * s.c + g * cg;
-                            let dw_at = (g * kg * s.r + r) * s.s * cg + tap * cg;
-                            self.product(
-                                &b[b_at..],
-                                b_row,
-                                n,
-                                pixel * s.k + g * kg,
-                                dw_at,
-                                accumulate,
-                            );
-                        }
-                    }
-                }
-            });
-        });
-    }
-
-    /// `dw[dw_at + k * R * S * Cg + j] (+)= sum over pixels of dy[dy_at + pixel * K + k] * b[b_row[pixel] + j]`.
-    fn product(
-        &self,
-        b: &[f32],
-        b_row: &[usize],
-        n: usize,
-        dy_at: usize,
-        dw_at: usize,
-        accumulate: bool,
-    ) {
-        let s = self.s;
-        let dw_step = s.r * s.s * s.cg();
-        let mut tile = [0.0f32; MAX_MR * MAX_NR];
-        let tiles = self.k.len().div_ceil(self.kernels.mr());
-        let mut j = 0;
-        while j < n {
-            let nr = self.kernels.panel(n, j);
-            for t in 0..tiles {
-                let ks = part(self.k.len(), tiles, t);
-                let k = self.k.start + ks.start;
-                let a = self.dy[dy_at + k..].as_ptr();
-                let args = Outer {
-                    a,
-                    a_step: s.k,
-                    b: b[j..].as_ptr(),
-                    b_row,
-                    out: tile.as_mut_ptr(),
-                };
-                // SAFETY: dy covers these pixels and channels, the window these receptive fields and MAX_NR more.
-                unsafe { self.kernels.outer(ks.len(), nr, &args) }
-                let row: [usize; MAX_MR] = std::array::from_fn(|i| dw_at + (k + i) * dw_step);
-                let args = Finish {
-                    tile: tile.as_ptr(),
-                    nr,
-                    row: &row[..ks.len()],
-                    col: j,
-                    cols: nr.min(n - j),
-                    c: self.dw,
-                    accumulate,
-                    ep: RawEpilogue::PLAIN,
-                };
-                // SAFETY: this task alone writes these rows of dw.
-                unsafe { self.kernels.finish(&args) }
-            }
-            j += nr;
-        }
-    }
-}
-
 #[cfg(test)]
-#[path = "cpu_tests.rs"]
 mod tests;

@@ -180,6 +180,9 @@ fn odd_shapes() {
     shapes.push(shape([1, 4, 5, 3], [5, 2, 2], 3, 3, 1));
     shapes.push(ConvShape::new([2, 9, 6, 5], [7, 3, 2], [2, 1], [0, 1], 1).unwrap());
     shapes.push(ConvShape::new([1, 5, 12, 2], [3, 1, 7], [1, 3], [0, 3], 1).unwrap());
+    // Taps that meet padding only.
+    shapes.push(shape([5, 1, 2, 6], [9, 3, 5], 2, 2, 1));
+    shapes.push(shape([2, 1, 1, 3], [4, 1, 1], 8, 3, 1));
     // Groups and depthwise.
     shapes.push(shape([2, 6, 5, 6], [9, 3, 3], 1, 1, 3));
     shapes.push(shape([1, 7, 7, 34], [68, 3, 3], 2, 1, 2));
@@ -200,6 +203,9 @@ fn odd_shapes() {
 fn large_weights_are_shared_out() {
     for kernels in available() {
         check(kernels, &shape([2, 5, 5, 96], [96, 3, 3], 1, 1, 1));
+        check(kernels, &shape([3, 5, 4, 96], [80, 3, 3], 2, 1, 1));
+        check(kernels, &shape([9, 1, 1, 88], [90, 3, 3], 1, 1, 1));
+        check(kernels, &shape([3, 20, 21, 20], [70, 7, 7], 1, 3, 1));
     }
 }
 
