@@ -7,6 +7,7 @@ mod augment;
 mod cifar;
 mod decode;
 mod digits;
+mod fetch;
 mod folder;
 #[cfg(test)]
 mod fuzz;
@@ -23,6 +24,7 @@ mod verify;
 
 pub use augment::{Affine, Augment, IDENTITY};
 pub use decode::{Rgb, decode, decode_file};
+pub use fetch::{MIRROR_VARIABLE, fetch};
 pub use images::{BadImage, Images, MaxBad, PrepareOptions};
 pub use loader::{Batch, Loader, LoaderOptions};
 pub use preprocess::{IMAGENET_MEAN, IMAGENET_STD, Interpolation, Preprocess, ResizeMode};
