@@ -5,6 +5,7 @@
 //! run its cases on every backend against the reference, and the reference's gradients against finite differences.
 
 pub mod act;
+pub mod attention;
 pub mod batch_norm;
 pub mod case;
 pub mod check;
@@ -150,6 +151,7 @@ pub const ROOMS: &[&Room] = &[
     &random::DROP_PATH,
     &tokens::EMBED,
     &tokens::SELECT,
+    &attention::ROOM,
     &batch_norm::ROOM,
     &batch_norm::eval::ROOM,
     &batch_norm::fold::ROOM,

@@ -8,7 +8,7 @@ pub(crate) mod pack;
 pub mod par;
 pub(crate) mod parallel;
 pub(crate) mod scratch;
-mod simd;
+pub(crate) mod simd;
 pub mod wide;
 
 pub use epilogue::{Activation, Epilogue};
