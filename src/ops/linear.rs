@@ -2,9 +2,11 @@
 //! them. With an activation whose slope needs its operand (GELU), the value before it is a second result.
 
 use super::act::{Act, ActBwd};
+use super::conv2d::{ConvShape, wgpu};
 use super::{Case, Cost, Fill, Host, Op, Room, traffic};
 use crate::backend::cpu::gemm::{Mat, PackedB, column_sums, gemm, gemm_packed};
 use crate::backend::cpu::{Activation, CpuCx, CpuKernel, Epilogue};
+use crate::backend::wgpu::{Arg, WgpuCx};
 use crate::graph::autodiff::{Backward, Fwd};
 use crate::graph::{Graph, Init, Layout, Spec, Tid};
 use crate::{Result, ensure, op_common};
@@ -182,6 +184,27 @@ impl Op for Linear {
             }
         }))
     }
+
+    fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
+        let s = product(&cx.x[0], cx.y[0].channels())?;
+        let ep = wgpu::Epilogue {
+            bias: self.bias.then_some(Arg::In(2)),
+            addend: self.residual.then_some(Arg::In(self.residual_at())),
+            pre: self.keep_pre.then_some(Arg::Out(1)),
+            act: self.act.map_or(0, Act::code),
+        };
+        wgpu::fprop(cx, &s, Arg::In(0), Arg::In(1), Arg::Out(0), ep)
+    }
+
+    fn wgpu_variants(&self) -> &'static [&'static str] {
+        wgpu::VARIANTS
+    }
+}
+
+/// The 1x1 convolution over rows that `[.., I]` times `[O, I]` is.
+fn product(x: &Spec, outputs: usize) -> Result<ConvShape> {
+    let input = [x.rows(), 1, 1, x.channels()];
+    ConvShape::new(input, [outputs, 1, 1], [1, 1], [0, 0], 1)
 }
 
 /// `dx = dy W (+ addend)`. Operands: dy, w, then the addend where present.
@@ -267,6 +290,16 @@ impl Op for LinearDgrad {
             );
         }))
     }
+
+    fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
+        let s = product(&cx.y[0], cx.x[0].channels())?;
+        let addend = self.addend.then_some(Arg::In(2));
+        wgpu::dgrad(cx, &s, Arg::In(0), Arg::In(1), Arg::Out(0), addend)
+    }
+
+    fn wgpu_variants(&self) -> &'static [&'static str] {
+        wgpu::VARIANTS
+    }
 }
 
 /// `dW = dy^T x`, and the bias's gradient where there is one. Operands: x, dy.
@@ -340,6 +373,20 @@ impl Op for LinearWgrad {
                 column_sums(rows, o, a.x(1), a.y(1), false);
             }
         }))
+    }
+
+    fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
+        let outputs = cx.x[1].channels();
+        let s = product(&cx.x[0], outputs)?;
+        wgpu::wgrad(cx, &s, Arg::In(0), Arg::In(1), Arg::Out(0))?;
+        if self.bias {
+            wgpu::column_sums(cx, Arg::In(1), Arg::Out(1), s.n, outputs)?;
+        }
+        Ok(())
+    }
+
+    fn wgpu_variants(&self) -> &'static [&'static str] {
+        wgpu::VARIANTS
     }
 }
 

@@ -41,6 +41,13 @@ pub struct AdapterTraits {
     pub workgroup_memory: u32,
 }
 
+impl AdapterTraits {
+    /// A CPU's SIMD unit seen as subgroups of 8 (llvmpipe): the kernels named `lanes` are made for it.
+    pub fn lanes8(&self) -> bool {
+        self.software && self.subgroups && self.subgroup_size == (8, 8)
+    }
+}
+
 impl Default for AdapterTraits {
     /// WebGPU's default limits and no optional feature.
     fn default() -> Self {

@@ -15,8 +15,15 @@ macro_rules! embedded {
 }
 
 /// Every file of `shaders/`, as built into the program.
-pub const EMBEDDED: &[(&str, &str)] =
-    embedded!["elementwise.wgsl", "fill.wgsl", "linear.wgsl", "math.wgsl"];
+pub const EMBEDDED: &[(&str, &str)] = embedded![
+    "elementwise.wgsl",
+    "fill.wgsl",
+    "gemm.wgsl",
+    "gemm_lanes.wgsl",
+    "gemm_tile.wgsl",
+    "math.wgsl",
+    "reduce.wgsl"
+];
 
 /// Where sources come from.
 #[derive(Clone, Debug, Default)]

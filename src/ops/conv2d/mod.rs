@@ -6,6 +6,7 @@
 pub mod cpu;
 mod reference;
 pub mod shape;
+pub mod wgpu;
 
 pub use shape::ConvShape;
 
@@ -13,6 +14,7 @@ use super::act::{Act, ActBwd};
 use super::{Case, Cost, Host, Op, Room, traffic};
 use crate::backend::cpu::gemm::{Mat, PackedB, gemm_packed};
 use crate::backend::cpu::{Activation, CpuCx, CpuKernel, Epilogue};
+use crate::backend::wgpu::{Arg, WgpuCx};
 use crate::graph::autodiff::{Backward, Fwd};
 use crate::graph::{Graph, Init, Layout, Spec, Tid};
 use crate::{Result, ensure, op_common};
@@ -202,6 +204,21 @@ impl Op for Conv2d {
             );
         }))
     }
+
+    fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
+        let ep = wgpu::Epilogue {
+            bias: self.bias.then_some(Arg::In(2)),
+            addend: self.residual.then_some(Arg::In(2 + usize::from(self.bias))),
+            pre: None,
+            act: if self.relu { Act::Relu.code() } else { 0 },
+        };
+        let s = self.shape(cx.x);
+        wgpu::fprop(cx, &s, Arg::In(0), Arg::In(1), Arg::Out(0), ep)
+    }
+
+    fn wgpu_variants(&self) -> &'static [&'static str] {
+        wgpu::VARIANTS
+    }
 }
 
 /// Gradient of the input. Operands: dy, w, then an addend (a gradient that is already there) where present.
@@ -278,6 +295,16 @@ impl Op for Conv2dDgrad {
         Ok(Box::new(move |a| {
             cpu::dgrad(&s, a.x(0), a.x(1), a.x_if(op.addend, 2), a.y(0))
         }))
+    }
+
+    fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
+        let s = self.shape(cx.x).map_err(crate::Error::run)?;
+        let addend = self.addend.then_some(Arg::In(2));
+        wgpu::dgrad(cx, &s, Arg::In(0), Arg::In(1), Arg::Out(0), addend)
+    }
+
+    fn wgpu_variants(&self) -> &'static [&'static str] {
+        wgpu::VARIANTS
     }
 }
 
@@ -356,6 +383,19 @@ impl Op for Conv2dWgrad {
                 cpu::bias_grad(&s, a.x(1), a.y(1), false);
             }
         }))
+    }
+
+    fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
+        let s = self.shape(cx.x).map_err(crate::Error::run)?;
+        wgpu::wgrad(cx, &s, Arg::In(0), Arg::In(1), Arg::Out(0))?;
+        if self.bias {
+            wgpu::column_sums(cx, Arg::In(1), Arg::Out(1), s.n * s.ho * s.wo, s.k)?;
+        }
+        Ok(())
+    }
+
+    fn wgpu_variants(&self) -> &'static [&'static str] {
+        wgpu::VARIANTS
     }
 }
 

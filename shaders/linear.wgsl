@@ -1,2 +1,0 @@
-@compute @workgroup_size(1)
-fn x() {}

@@ -1,0 +1,458 @@
+//! Launches of shaders/gemm_lanes.wgsl and shaders/gemm_tile.wgsl, for convolution and, as the 1x1 convolution over
+//! rows, for linear.
+
+use super::ConvShape;
+use crate::backend::wgpu::launch::MAX_GROUPS;
+use crate::backend::wgpu::{Arg, Launch, WgpuCx, fold};
+use crate::{Error, Result};
+
+/// Names of the kernel variants; the first stands for the rule in [`lanes`].
+pub const VARIANTS: &[&str] = &["auto", "lanes", "tile"];
+
+/// What happens to a sum before it is stored.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Epilogue {
+    /// Bias `[K]`.
+    pub bias: Option<Arg>,
+    /// Residual, or a gradient to add to: as the result.
+    pub addend: Option<Arg>,
+    /// Also gets the value before the activation.
+    pub pre: Option<Arg>,
+    /// [`Act::code`](crate::ops::act::Act::code); 0 is none.
+    pub act: u32,
+}
+
+/// The choice between the two kernels: lanes on adapters that are a CPU's 8-lane SIMD unit, where the shape allows.
+fn lanes(cx: &WgpuCx, fits: bool) -> Result<bool> {
+    match cx.variant {
+        Some("tile") => Ok(false),
+        Some("lanes") if !(cx.traits.lanes8() && fits) => Err(Error::input(
+            "the lanes kernel wants an adapter with subgroups of 8, and channels in fours",
+        )),
+        _ => Ok(cx.traits.lanes8() && fits),
+    }
+}
+
+/// The uniform block of shaders/gemm.wgsl, in its order.
+#[derive(Clone, Copy, Default, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+struct Block {
+    n: u32,
+    h: u32,
+    w: u32,
+    c: u32,
+    p: u32,
+    q: u32,
+    k: u32,
+    r: u32,
+    s: u32,
+    sh: u32,
+    sw: u32,
+    ph: u32,
+    pw: u32,
+    ct: u32,
+    kt: u32,
+    rows: u32,
+    groups_x: u32,
+    tiles: u32,
+    flags: u32,
+    act: u32,
+    cy: u32,
+    cx: u32,
+    hc: u32,
+    wc: u32,
+    r0: u32,
+    s0: u32,
+    oy: i32,
+    ox: i32,
+    pixels: u32,
+    per_split: u32,
+    k_tiles: u32,
+    part0: u32,
+}
+
+impl Block {
+    fn new(s: &ConvShape, images: usize) -> Self {
+        Block {
+            n: images as u32,
+            h: s.h as u32,
+            w: s.w as u32,
+            c: s.cg() as u32,
+            p: s.ho as u32,
+            q: s.wo as u32,
+            k: s.kg() as u32,
+            r: s.r as u32,
+            s: s.s as u32,
+            sh: s.stride[0] as u32,
+            sw: s.stride[1] as u32,
+            ph: s.pad[0] as u32,
+            pw: s.pad[1] as u32,
+            ct: s.c as u32,
+            kt: s.k as u32,
+            ..Default::default()
+        }
+    }
+
+    fn words(&self) -> Vec<u32> {
+        bytemuck::cast_slice(std::slice::from_ref(self)).to_vec()
+    }
+}
+
+/// A matrix product as a convolution over single pixels, so that rows can be cut anywhere.
+fn flat(s: &ConvShape) -> ConvShape {
+    if !s.is_matrix_product() {
+        return *s;
+    }
+    ConvShape {
+        n: s.n * s.h * s.w,
+        h: 1,
+        w: 1,
+        ho: 1,
+        wo: 1,
+        ..*s
+    }
+}
+
+fn cut(arg: Arg, whole: bool, start: usize, len: usize) -> Arg {
+    if whole { arg } else { arg.part(start, len) }
+}
+
+fn set(name: &'static str, value: usize) -> (&'static str, String) {
+    (name, value.to_string())
+}
+
+/// Register tile of the lane kernels: octets of rows by quads of columns; narrow results get tall tiles.
+fn lane_tile(columns: usize) -> (usize, usize, Vec<(&'static str, String)>) {
+    if columns <= 16 {
+        return (8, 4, vec![set("RG", 8), set("CQ", 4), set("CO", 2)]);
+    }
+    (4, 8, vec![])
+}
+
+/// Writes `rows` rows of `from` elements as rows of `to`, zeros behind.
+fn pad_rows(cx: &mut WgpuCx, x: Arg, y: Arg, rows: usize, from: usize, to: usize) -> Result<()> {
+    let groups = fold(rows * to, 64);
+    let mut params = [0; 8];
+    params[0] = (rows * to) as u32;
+    params[1] = groups[0];
+    params[4] = from as u32;
+    params[5] = to as u32;
+    cx.launch(Launch {
+        shader: "reduce.wgsl",
+        entry: "pad_rows",
+        consts: vec![],
+        args: vec![x, y],
+        params: params.to_vec(),
+        groups,
+    })
+}
+
+/// Channels of `s` in fours: where three channels (an image) must become four for the lane kernels.
+fn padded(s: &ConvShape) -> ConvShape {
+    ConvShape {
+        c: s.c.next_multiple_of(4),
+        ..*s
+    }
+}
+
+/// `y = act(x * w + bias + addend)`.
+///
+/// # Errors
+/// The shapes are beyond the adapter's limits.
+pub fn fprop(cx: &mut WgpuCx, s: &ConvShape, x: Arg, w: Arg, y: Arg, ep: Epilogue) -> Result<()> {
+    let s = flat(s);
+    let fits = s.kg().is_multiple_of(4) && (s.cg().is_multiple_of(4) || s.groups == 1);
+    let lanes = lanes(cx, fits)?;
+    let real = s;
+    let s = if lanes && !s.cg().is_multiple_of(4) {
+        padded(&s)
+    } else {
+        s
+    };
+    let pad = s.c != real.c;
+    let (pixels_in, pixels_out) = (s.h * s.w, s.ho * s.wo);
+    let chunks = cx.chunks(
+        s.n,
+        &[pixels_in * s.c, pixels_in * real.c, pixels_out * s.k],
+    )?;
+    let whole = chunks.len() == 1;
+    let (mut xp, mut wp) = (x, w);
+    if pad {
+        xp = Arg::Work(cx.workspace(chunks[0].1 * pixels_in * s.c));
+        wp = Arg::Work(cx.workspace(s.weight_len()));
+        pad_rows(cx, w, wp, s.k * s.r * s.s, real.c, s.c)?;
+    }
+    for (n0, n) in chunks {
+        let mut x = cut(x, whole, n0 * pixels_in * real.c, n * pixels_in * real.c);
+        if pad {
+            pad_rows(cx, x, xp, n * pixels_in, real.c, s.c)?;
+            x = xp;
+        }
+        let result = |a: Arg| cut(a, whole, n0 * pixels_out * s.k, n * pixels_out * s.k);
+        let y = result(y);
+        let mut block = Block::new(&s, n);
+        block.rows = (n * pixels_out) as u32;
+        block.act = ep.act;
+        block.flags = u32::from(ep.bias.is_some())
+            + 2 * u32::from(ep.addend.is_some())
+            + 4 * u32::from(ep.pre.is_some());
+        let args = vec![
+            x,
+            wp,
+            y,
+            ep.bias.unwrap_or(y),
+            ep.addend.map_or(y, result),
+            ep.pre.map_or(y, result),
+        ];
+        multiply(cx, &s, lanes, ("fprop", 0), block, s.kg(), args)?;
+    }
+    Ok(())
+}
+
+/// One launch of fprop or dgrad: row tiles in x and y, column tiles of each group in z.
+fn multiply(
+    cx: &mut WgpuCx,
+    s: &ConvShape,
+    lanes: bool,
+    (entry, mode): (&'static str, usize),
+    mut block: Block,
+    columns: usize,
+    args: Vec<Arg>,
+) -> Result<()> {
+    let rows = block.rows as usize;
+    let (octets, quads, consts) = lane_tile(columns);
+    let (tile_rows, tile_columns) = if lanes {
+        (octets * 8, quads * 4)
+    } else {
+        (64, 64)
+    };
+    let tiles = columns.div_ceil(tile_columns);
+    let mut groups = fold(rows, tile_rows);
+    groups[2] = (tiles * s.groups) as u32;
+    block.groups_x = groups[0];
+    block.tiles = tiles as u32;
+    let (shader, entry, consts) = if lanes {
+        ("gemm_lanes.wgsl", entry, consts)
+    } else {
+        ("gemm_tile.wgsl", "tile", vec![set("MODE", mode)])
+    };
+    cx.launch(Launch {
+        shader,
+        entry,
+        consts,
+        args,
+        params: block.words(),
+        groups,
+    })
+}
+
+/// `dx = dy * w (+ addend)`. With a stride, input pixels fall into classes that different taps reach; each class is a
+/// launch of its own, so that no multiply-add is spent on taps that do not meet the pixel.
+///
+/// # Errors
+/// The shapes are beyond the adapter's limits.
+pub fn dgrad(
+    cx: &mut WgpuCx,
+    s: &ConvShape,
+    dy: Arg,
+    w: Arg,
+    dx: Arg,
+    addend: Option<Arg>,
+) -> Result<()> {
+    let s = flat(s);
+    let fits = s.kg().is_multiple_of(4) && s.cg().is_multiple_of(4);
+    let lanes = lanes(cx, fits)?;
+    let (pixels_in, pixels_out) = (s.h * s.w, s.ho * s.wo);
+    let chunks = cx.chunks(s.n, &[pixels_in * s.c, pixels_out * s.k])?;
+    let whole = chunks.len() == 1;
+    for (n0, n) in chunks {
+        let dy = cut(dy, whole, n0 * pixels_out * s.k, n * pixels_out * s.k);
+        let image = |a: Arg| cut(a, whole, n0 * pixels_in * s.c, n * pixels_in * s.c);
+        let dx = image(dx);
+        let add = addend.map_or(dx, image);
+        for cy in 0..s.stride[0].min(s.h) {
+            for cx_ in 0..s.stride[1].min(s.w) {
+                let (hc, wc) = (
+                    (s.h - cy).div_ceil(s.stride[0]),
+                    (s.w - cx_).div_ceil(s.stride[1]),
+                );
+                let first = |at: usize, axis: usize| (at + s.pad[axis]) % s.stride[axis];
+                let (r0, s0) = (first(cy, 0), first(cx_, 1));
+                let mut block = Block::new(&s, n);
+                block.rows = (n * hc * wc) as u32;
+                block.flags = 2 * u32::from(addend.is_some());
+                block.cy = cy as u32;
+                block.cx = cx_ as u32;
+                block.hc = hc as u32;
+                block.wc = wc as u32;
+                block.r0 = r0 as u32;
+                block.s0 = s0 as u32;
+                block.oy = ((cy + s.pad[0] - r0) / s.stride[0]) as i32;
+                block.ox = ((cx_ + s.pad[1] - s0) / s.stride[1]) as i32;
+                let args = vec![dy, w, dx, dx, add, dx];
+                multiply(cx, &s, lanes, ("dgrad", 1), block, s.cg(), args)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Lines that the lane kernel cuts a plain list of rows into.
+const LINE: usize = 64;
+
+/// `dw = dy^T * x`: the sum over pixels is split over workgroups, and the parts added in order.
+///
+/// # Errors
+/// The shapes are beyond the adapter's limits.
+pub fn wgrad(cx: &mut WgpuCx, s: &ConvShape, x: Arg, dy: Arg, dw: Arg) -> Result<()> {
+    let s = flat(s);
+    let fits = s.kg().is_multiple_of(4) && (s.cg().is_multiple_of(4) || s.groups == 1);
+    let lanes = lanes(cx, fits)?;
+    let real = s;
+    let s = if lanes && !s.cg().is_multiple_of(4) {
+        padded(&s)
+    } else {
+        s
+    };
+    let pad = s.c != real.c;
+    let (pixels_in, pixels_out) = (s.h * s.w, s.ho * s.wo);
+    let chunks = cx.chunks(
+        s.n,
+        &[pixels_in * s.c, pixels_in * real.c, pixels_out * s.k],
+    )?;
+    let whole = chunks.len() == 1;
+    let columns = s.r * s.s * s.cg();
+    let (k_tile, column_tile, consts) = match (lanes, s.kg() <= 16) {
+        (true, true) => (16, 64, vec![set("CQ", 4), set("CO", 2), set("NC", 2)]),
+        (true, false) => (32, 32, vec![]),
+        (false, _) => (64, 64, vec![set("MODE", 2)]),
+    };
+    let (k_tiles, column_tiles) = (s.kg().div_ceil(k_tile), columns.div_ceil(column_tile));
+    let tasks = k_tiles * column_tiles * s.groups;
+    // Units of the sum: lines of output pixels for the lane kernel, pixels for the tile kernel.
+    let is_flat = s.is_matrix_product();
+    let units = |n: usize| match (lanes, is_flat) {
+        (true, true) => n.div_ceil(LINE),
+        (true, false) => n * s.ho,
+        (false, _) => n * pixels_out,
+    };
+    let (wanted, least) = if lanes { (32, 1) } else { (512, 256) };
+    let most = (cx.max_elements() / (s.k * columns) / chunks.len()).clamp(1, MAX_GROUPS as usize);
+    let split = |n: usize| {
+        let splits = (wanted / tasks)
+            .clamp(1, units(n).div_ceil(least))
+            .min(most);
+        let per = units(n).div_ceil(splits);
+        (units(n).div_ceil(per), per)
+    };
+    let parts: usize = chunks.iter().map(|&(_, n)| split(n).0).sum();
+    let direct = parts == 1 && !pad;
+    let out = if direct {
+        dw
+    } else {
+        Arg::Work(cx.workspace(parts * s.k * columns))
+    };
+    let xp = pad.then(|| Arg::Work(cx.workspace(chunks[0].1 * pixels_in * s.c)));
+    let mut part0 = 0;
+    for (n0, n) in chunks {
+        let mut x = cut(x, whole, n0 * pixels_in * real.c, n * pixels_in * real.c);
+        if let Some(xp) = xp {
+            pad_rows(cx, x, xp, n * pixels_in, real.c, s.c)?;
+            x = xp;
+        }
+        let dy = cut(dy, whole, n0 * pixels_out * s.k, n * pixels_out * s.k);
+        let (splits, per_split) = split(n);
+        let mut block = Block::new(&s, n);
+        if lanes && is_flat {
+            block = Block {
+                n: n.div_ceil(LINE) as u32,
+                w: LINE as u32,
+                q: LINE as u32,
+                ..block
+            };
+        }
+        block.pixels = (n * pixels_out) as u32;
+        block.per_split = per_split as u32;
+        block.k_tiles = k_tiles as u32;
+        block.part0 = part0 as u32;
+        let (shader, entry, args) = if lanes {
+            ("gemm_lanes.wgsl", "wgrad", vec![x, dy, out])
+        } else {
+            ("gemm_tile.wgsl", "tile", vec![x, dy, out, out, out, out])
+        };
+        cx.launch(Launch {
+            shader,
+            entry,
+            consts: consts.clone(),
+            args,
+            params: block.words(),
+            groups: [
+                column_tiles as u32,
+                (k_tiles * s.groups) as u32,
+                splits as u32,
+            ],
+        })?;
+        part0 += splits;
+    }
+    if direct {
+        return Ok(());
+    }
+    sum_parts(
+        cx,
+        out,
+        dw,
+        parts,
+        s.k * columns,
+        real.weight_len(),
+        (real.cg(), s.cg()),
+    )
+}
+
+/// `y[i] = sum over parts of x[part, i]`, `x` with rows padded from `inner.0` to `inner.1`.
+fn sum_parts(
+    cx: &mut WgpuCx,
+    x: Arg,
+    y: Arg,
+    parts: usize,
+    stride: usize,
+    n: usize,
+    inner: (usize, usize),
+) -> Result<()> {
+    let groups = fold(n, 64);
+    let params = [n, groups[0] as usize, parts, stride, inner.0, inner.1, 0, 0];
+    cx.launch(Launch {
+        shader: "reduce.wgsl",
+        entry: "sum_parts",
+        consts: vec![],
+        args: vec![x, y],
+        params: params.map(|v| v as u32).to_vec(),
+        groups,
+    })
+}
+
+/// Sums of the columns of `x` `[rows, columns]` (a bias's gradient): parts of the rows first, then the parts in order.
+///
+/// # Errors
+/// The shapes are beyond the adapter's limits.
+pub fn column_sums(cx: &mut WgpuCx, x: Arg, y: Arg, rows: usize, columns: usize) -> Result<()> {
+    let chunks = cx.chunks(rows, &[columns])?;
+    let whole = chunks.len() == 1;
+    let per = |n: usize| n.div_ceil(64).max(32);
+    let parts: usize = chunks.iter().map(|&(_, n)| n.div_ceil(per(n))).sum();
+    let work = Arg::Work(cx.workspace(parts * columns));
+    let mut part0 = 0;
+    for (r0, n) in chunks {
+        let here = n.div_ceil(per(n));
+        let params = [columns, 0, part0, 0, 0, 0, n, per(n)];
+        cx.launch(Launch {
+            shader: "reduce.wgsl",
+            entry: "column_sums",
+            consts: vec![],
+            args: vec![cut(x, whole, r0 * columns, n * columns), work],
+            params: params.map(|v| v as u32).to_vec(),
+            groups: [columns.div_ceil(64) as u32, here as u32, 1],
+        })?;
+        part0 += here;
+    }
+    sum_parts(cx, work, y, parts, columns, columns, (columns, columns))
+}
