@@ -4,13 +4,13 @@ use super::{Case, Cost, Host, Op, Room, traffic};
 use crate::backend::cpu::{CpuCx, CpuKernel, par};
 use crate::graph::autodiff::{Backward, Fwd};
 use crate::graph::{Graph, Spec, Tid};
-use crate::{Result, ensure, op_common, wide};
+use crate::{Result, ensure, multiversion, op_common};
 
 /// `y[n, c] = mean of x[n, .., c]`. Operand: x `[N, .., C]`. Result: y `[N, C]`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct GlobalAvgPool;
 
-wide! {
+multiversion! {
     fn mean_rows(x: &[f32], y: &mut [f32]) {
         let c = y.len();
         y.fill(0.0);

@@ -5,7 +5,7 @@ use super::{Case, Cost, Fill, Host, Op, Room, traffic};
 use crate::backend::cpu::{CpuCx, CpuKernel, par};
 use crate::graph::autodiff::{Backward, Fwd};
 use crate::graph::{Graph, Spec, Tid};
-use crate::{Result, ensure, op_common, wide};
+use crate::{Result, ensure, multiversion, op_common};
 use std::ops::Range;
 
 /// A square window.
@@ -73,7 +73,7 @@ pub struct MaxPool {
     pub window: Window,
 }
 
-wide! {
+multiversion! {
     /// One output pixel over all channels; `taps` are the pixels under its window.
     fn pool_pixel(x: &[f32], w: usize, rows: Range<usize>, cols: Range<usize>, y: &mut [f32], arg: &mut [u32]) {
         let c = y.len();
@@ -94,7 +94,7 @@ wide! {
     }
 }
 
-wide! {
+multiversion! {
     fn gather(dy: &[f32], arg: &[u32], pixel: u32, dx: &mut [f32]) {
         for ((&d, &a), x) in dy.iter().zip(arg).zip(dx.iter_mut()) {
             *x += if a == pixel { d } else { 0.0 };

@@ -6,6 +6,7 @@
 
 pub mod act;
 pub mod attention;
+pub mod augment;
 pub mod batch_norm;
 pub mod case;
 pub mod check;
@@ -15,7 +16,9 @@ pub mod global_avg_pool;
 pub mod layer_norm;
 pub mod layer_scale;
 pub mod linear;
+pub mod loss;
 pub mod max_pool;
+pub mod optim;
 pub mod random;
 pub mod reference;
 pub mod subsample;
@@ -158,6 +161,13 @@ pub const ROOMS: &[&Room] = &[
     &max_pool::ROOM,
     &global_avg_pool::ROOM,
     &subsample::ROOM,
+    &loss::ROOM,
+    &optim::ADAMW,
+    &optim::SGD,
+    &optim::GRAD_NORM,
+    &optim::ACCUMULATE,
+    &optim::FILL0,
+    &augment::ROOM,
 ];
 
 /// The room called `name`.

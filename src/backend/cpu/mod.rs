@@ -3,13 +3,12 @@
 mod epilogue;
 pub mod gemm;
 pub mod kernel;
-mod multiversion;
+pub mod multiversion;
 pub(crate) mod pack;
 pub mod par;
 pub(crate) mod parallel;
 pub(crate) mod scratch;
 pub(crate) mod simd;
-pub mod wide;
 
 pub use epilogue::{Activation, Epilogue};
 pub(crate) use epilogue::{Finish, RawEpilogue};

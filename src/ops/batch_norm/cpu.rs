@@ -6,7 +6,7 @@
 //! threads.
 
 use crate::backend::cpu::par::{self, SharedMut};
-use crate::wide;
+use crate::multiversion;
 
 /// Elements of a chunk: 128 KiB, so that a second pass over it comes from the second-level cache.
 const CHUNK: usize = 32 * 1024;
@@ -64,7 +64,7 @@ impl Cut {
     }
 }
 
-wide! {
+multiversion! {
     /// One chunk: `mean` per lane (equal in all lanes of a channel), then the sums of deviations and of their squares.
     fn chunk_moments(x: &[f32], channels: usize, mean: &mut [f32], s1: &mut [f32], s2: &mut [f32]) {
         let lanes = mean.len();
@@ -156,7 +156,7 @@ fn relu(v: f32) -> f32 {
     if v < 0.0 { 0.0 } else { v }
 }
 
-wide! {
+multiversion! {
     fn normalize_chunk<const RELU: bool, const ADD: bool>(
         x: &[f32], add: &[f32], mean: &[f32], scale: &[f32], beta: &[f32], y: &mut [f32],
     ) {
@@ -246,7 +246,7 @@ fn masked<const MASK: u8>(dy: f32, x: f32, y: f32, mean: f32, scale: f32, beta: 
     if pass { dy } else { 0.0 }
 }
 
-wide! {
+multiversion! {
     fn sums_chunk<const MASK: u8>(
         dy: &[f32], x: &[f32], y: &[f32], mean: &[f32], scale: &[f32], beta: &[f32], s: &mut [f32], t: &mut [f32],
     ) {
@@ -265,7 +265,7 @@ wide! {
     }
 }
 
-wide! {
+multiversion! {
     fn dx_chunk<const MASK: u8, const DADD: bool>(
         dy: &[f32], x: &[f32], y: &[f32], mean: &[f32], scale: &[f32], beta: &[f32], a: &[f32], b: &[f32],
         dx: &mut [f32], dadd: &mut [f32],
