@@ -1,0 +1,479 @@
+//! From a weight file to a model's parameters and back: names, layouts, position tables, and one message for
+//! everything that does not fit.
+
+use super::naming::{Naming, Scheme, is_classifier};
+use super::{FloatFormat, SaveTensor, WeightFile, save};
+use crate::graph::{Graph, Layout};
+use crate::models::{Arch, Family, Model, resnet::Block};
+use crate::ops::tokens::{Interpolation, interpolate_pos};
+use crate::{Error, Result};
+use std::collections::{BTreeMap, HashSet};
+use std::path::Path;
+
+/// Choices when weights are loaded.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct LoadOptions {
+    /// Leave the classifier as it was initialised, whatever the file has.
+    pub replace_head: bool,
+    /// Rows and columns of patches of the network, so that a position table of another grid can be fitted to it.
+    pub grid: Option<(usize, usize)>,
+}
+
+/// Where a parameter's values come from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Source {
+    /// It stays as initialised (a replaced classifier).
+    Initial,
+    /// Its entries of the file.
+    Entries,
+    /// The file's position table of a square grid of this side, fitted to the network's grid.
+    Positions(usize, (usize, usize), Interpolation),
+}
+
+/// What a file has for a network; it fits. The values themselves are read one by one, so that no second copy of all
+/// weights is ever held.
+#[derive(Clone, Debug)]
+pub struct Loaded {
+    /// How the file names the parameters.
+    pub names: FileNames,
+    /// By place in [`Graph::params`].
+    sources: Vec<Source>,
+}
+
+impl Loaded {
+    /// Whether parameter `i` is in the file (a replaced classifier is not).
+    pub fn has(&self, i: usize) -> bool {
+        self.sources[i] != Source::Initial
+    }
+
+    /// The values of parameter `i` of `graph`, in this program's layout; `None`: it stays as initialised.
+    ///
+    /// # Errors
+    /// An entry cannot be read as float32.
+    pub fn value(&self, graph: &Graph, file: &WeightFile, i: usize) -> Result<Option<Vec<f32>>> {
+        let p = &graph.params[i];
+        let shape = graph.shape(p.tid);
+        match self.sources[i] {
+            Source::Initial => Ok(None),
+            Source::Entries => {
+                let mut data = Vec::with_capacity(shape.iter().product());
+                for piece in &self.names.entries[i] {
+                    data.extend(file.read_f32(piece)?);
+                }
+                Ok(Some(from_torch(data, shape, p.layout)))
+            }
+            Source::Positions(side, grid, mode) => {
+                let table = file.read_f32(&self.names.entries[i][0])?;
+                interpolate_pos(&table, (side, side), grid, shape[2], 1, mode).map(Some)
+            }
+        }
+    }
+}
+
+/// The names under which a model's parameters stand in a file.
+#[derive(Clone, Debug)]
+pub struct FileNames {
+    /// The naming.
+    pub scheme: Scheme,
+    /// By place in [`Graph::params`]: the entries that make it up, along the first axis.
+    pub entries: Vec<Vec<String>>,
+    /// Floating-point entries that the network does not use, kept for saving (a mask token, a pooler).
+    pub extra: Vec<(String, Vec<usize>, Vec<f32>)>,
+}
+
+/// `shape` in PyTorch's axis order.
+pub fn torch_shape(shape: &[usize], layout: Layout) -> Vec<usize> {
+    match (layout, shape) {
+        (Layout::Ohwi, &[k, r, s, c]) => vec![k, c, r, s],
+        _ => shape.to_vec(),
+    }
+}
+
+/// Elements of `[A, B, C]` as `[A, C, B]`.
+fn swap_last(data: &[f32], b: usize, c: usize) -> Vec<f32> {
+    let mut out = Vec::with_capacity(data.len());
+    for plane in data.chunks_exact((b * c).max(1)) {
+        for j in 0..c {
+            out.extend((0..b).map(|i| plane[i * c + j]));
+        }
+    }
+    out
+}
+
+/// From this program's layout (`shape`) to PyTorch's.
+pub fn to_torch(data: Vec<f32>, shape: &[usize], layout: Layout) -> Vec<f32> {
+    match (layout, shape) {
+        (Layout::Ohwi, &[_, r, s, c]) if r * s > 1 && c > 1 => swap_last(&data, r * s, c),
+        _ => data,
+    }
+}
+
+/// From PyTorch's layout to this program's (`shape`).
+pub fn from_torch(data: Vec<f32>, shape: &[usize], layout: Layout) -> Vec<f32> {
+    match (layout, shape) {
+        (Layout::Ohwi, &[_, r, s, c]) if r * s > 1 && c > 1 => swap_last(&data, c, r * s),
+        _ => data,
+    }
+}
+
+/// Finds the parameters of `graph` (a built `model`) in `file`; [`Loaded::value`] reads them.
+///
+/// # Errors
+/// [`Error::Input`] with everything that does not fit in one message: another kind of network, entries missing,
+/// unexpected or misshapen, a classifier of another size.
+pub fn load(
+    model: &Model,
+    graph: &Graph,
+    file: &WeightFile,
+    options: &LoadOptions,
+) -> Result<Loaded> {
+    let at = file.path().display();
+    let found = identify(file);
+    let scheme = Scheme::of(file)
+        .filter(|s| s.naming.family() == model.family())
+        .ok_or_else(|| {
+            let what = match &found {
+                Some(f) => format!("it looks like {f}"),
+                None => format!(
+                    "its {} entries are named like no network known here (the first is {:?})",
+                    file.entries().len(),
+                    file.entries().first().map_or("", |e| &e.name)
+                ),
+            };
+            Error::input(format!("{at} does not hold {}: {what}", model.id))
+        })?;
+    let mut misfits = Misfits::default();
+    let mut used: HashSet<String> = HashSet::new();
+    let mut sources = vec![];
+    let mut entries = vec![];
+    let mut has_head = false;
+    for p in &graph.params {
+        let shape = graph.shape(p.tid);
+        let path = p.name.rsplit_once('.').map_or("", |(path, _)| path);
+        let head = is_classifier(path);
+        has_head |= head;
+        let candidates = scheme.candidates(&p.name);
+        let present = candidates
+            .iter()
+            .find(|pieces| pieces.iter().all(|n| file.has(n)));
+        let pieces = present.unwrap_or(&candidates[0]).clone();
+        used.extend(pieces.iter().cloned());
+        let mut source = Source::Initial;
+        if head && options.replace_head {
+            // Stays as initialised.
+        } else if present.is_none() {
+            if head && scheme.classifier(file).is_none() {
+                misfits.headless = true;
+            }
+            misfits
+                .missing
+                .extend(pieces.iter().filter(|n| !file.has(n)).cloned());
+        } else {
+            source = match fit_positions(file, &scheme, &p.name, shape, options.grid) {
+                Some(fitted) => fitted,
+                None => {
+                    let wanted = torch_shape(shape, p.layout);
+                    misfits.check_shapes(file, &wanted, &pieces, head);
+                    Source::Entries
+                }
+            };
+        }
+        sources.push(source);
+        entries.push(pieces);
+    }
+    let headless = !has_head || options.replace_head;
+    let mut extra = vec![];
+    for e in file.entries().iter().filter(|e| !used.contains(&e.name)) {
+        if !scheme.may_skip(&e.name, headless) {
+            misfits.unexpected.push(e.name.clone());
+        } else if e.is_float() && !scheme.is_classifier_entry(&e.name) {
+            extra.push((e.name.clone(), e.shape.clone(), file.read_f32(&e.name)?));
+        }
+    }
+    misfits.report(model, file, &scheme, found.as_deref(), graph.params.len())?;
+    Ok(Loaded {
+        sources,
+        names: FileNames {
+            scheme,
+            entries,
+            extra,
+        },
+    })
+}
+
+/// The position table's source, where the file's is of another grid and can be fitted to the network's.
+fn fit_positions(
+    file: &WeightFile,
+    scheme: &Scheme,
+    name: &str,
+    shape: &[usize],
+    grid: Option<(usize, usize)>,
+) -> Option<Source> {
+    let (entry, grid) = (scheme.entry(file, "pos_embed")?, grid?);
+    let &[1, tokens, dim] = entry.shape.as_slice() else {
+        return None;
+    };
+    let side = tokens.saturating_sub(1).isqrt();
+    if name != "pos_embed" || shape[2] != dim || side == 0 || side * side + 1 != tokens {
+        return None;
+    }
+    let mode = match scheme.naming {
+        Naming::Timm => Interpolation::BicubicAntialias,
+        _ => Interpolation::Bicubic,
+    };
+    ((side, side) != grid).then_some(Source::Positions(side, grid, mode))
+}
+
+#[derive(Default)]
+struct Misfits {
+    missing: Vec<String>,
+    unexpected: Vec<String>,
+    misshapen: Vec<String>,
+    /// (the file's, the network's).
+    classes: Option<(usize, usize)>,
+    /// The network has a classifier and the file has none.
+    headless: bool,
+}
+
+impl Misfits {
+    fn check_shapes(&mut self, file: &WeightFile, wanted: &[usize], pieces: &[String], head: bool) {
+        let mut each = wanted.to_vec();
+        each[0] /= pieces.len();
+        for e in pieces.iter().filter_map(|p| file.get(p)) {
+            if !e.is_float() {
+                let kind = format!("{} is of type {}, a float is wanted", e.name, e.dtype);
+                self.misshapen.push(kind);
+            } else if e.shape != each {
+                let sizes = format!("{} is {:?}, {each:?} is wanted", e.name, e.shape);
+                self.misshapen.push(sizes);
+                if head && e.shape.get(1..) == Some(&each[1..]) {
+                    self.classes = Some((e.shape[0], each[0]));
+                }
+            }
+        }
+    }
+
+    fn report(
+        mut self,
+        model: &Model,
+        file: &WeightFile,
+        scheme: &Scheme,
+        found: Option<&str>,
+        params: usize,
+    ) -> Result<()> {
+        let count = self.missing.len() + self.unexpected.len() + self.misshapen.len();
+        if count == 0 {
+            return Ok(());
+        }
+        let at = file.path().display();
+        if let Some((theirs, ours)) = self.classes.filter(|_| self.misshapen.len() == count) {
+            return Err(Error::input(format!(
+                "{at} has {theirs} classes, {ours} are asked for ({}); give --classes {theirs}, or --replace-head to \
+                 start with a new classifier",
+                self.misshapen.join("; ")
+            )));
+        }
+        if self.headless && self.missing.len() == count && count <= 2 {
+            return Err(Error::input(format!(
+                "{at} has no classifier ({} missing); give --classes 0 for its features, or --replace-head to start \
+                 with a new classifier",
+                self.missing.join(", ")
+            )));
+        }
+        // Of a wholly different network the first few names say as much as all.
+        let most = if count > params / 4 { 12 } else { usize::MAX };
+        let mut parts = vec![];
+        for (what, names, joint) in [
+            ("missing", &mut self.missing, ", "),
+            ("unexpected", &mut self.unexpected, ", "),
+            ("misshapen", &mut self.misshapen, "; "),
+        ] {
+            if names.is_empty() {
+                continue;
+            }
+            let more = names.len().saturating_sub(most);
+            names.truncate(most);
+            let and = if more > 0 {
+                format!(" and {more} more")
+            } else {
+                String::new()
+            };
+            parts.push(format!("{what}: {}{and}", names.join(joint)));
+        }
+        let looks = found.map_or(String::new(), |f| format!("; it looks like {f}"));
+        Err(Error::input(format!(
+            "{at} ({} names{looks}) does not fit {}\n{}",
+            scheme.naming.library(),
+            model.id,
+            parts.join(" | ")
+        )))
+    }
+}
+
+impl FileNames {
+    /// The plain names of `naming` for the parameters of `graph`.
+    pub fn plain(graph: &Graph, naming: Naming) -> Self {
+        let is_head = |name: &str| name.rsplit_once('.').is_some_and(|(p, _)| is_classifier(p));
+        let with_head = graph.params.iter().any(|p| is_head(&p.name));
+        let scheme = Scheme::plain(naming, with_head);
+        let entries = graph
+            .params
+            .iter()
+            .map(|p| scheme.candidates(&p.name).swap_remove(0))
+            .collect();
+        let mut extra = vec![];
+        if naming == Naming::HfDinov2
+            && let Some(p) = graph.params.iter().find(|p| p.name == "cls_token")
+        {
+            // The backbone of the library has a mask token, which only pre-training reads.
+            let dim = graph.spec(p.tid).channels();
+            let name = scheme.candidates("cls_token")[0][0].replace("cls_token", "mask_token");
+            extra.push((name, vec![1, dim], vec![0.0; dim]));
+        }
+        FileNames {
+            scheme,
+            entries,
+            extra,
+        }
+    }
+
+    /// Parameter (or gradient) `i` as the file's entries: names, PyTorch's shapes and element order.
+    pub fn tensors(&self, graph: &Graph, i: usize, values: Vec<f32>) -> Vec<SaveTensor<'static>> {
+        let p = &graph.params[i];
+        let shape = graph.shape(p.tid);
+        let mut wanted = torch_shape(shape, p.layout);
+        let data = to_torch(values, shape, p.layout);
+        let pieces = &self.entries[i];
+        wanted[0] /= pieces.len();
+        let each = data.len() / pieces.len();
+        pieces
+            .iter()
+            .zip(data.chunks(each.max(1)))
+            .map(|(name, d)| SaveTensor::f32(name.clone(), &wanted, d.to_vec()))
+            .collect()
+    }
+
+    /// A whole state dict: `values` by place in [`Graph::params`], the counters of batch norm (after `steps` steps) and
+    /// the extra entries, so that PyTorch's `load_state_dict(strict=True)` takes it.
+    pub fn export(
+        &self,
+        graph: &Graph,
+        values: Vec<Vec<f32>>,
+        steps: i64,
+    ) -> Vec<SaveTensor<'static>> {
+        let mut out = vec![];
+        for (i, v) in values.into_iter().enumerate() {
+            out.extend(self.tensors(graph, i, v));
+            if let Some(norm) = self.entries[i][0].strip_suffix("running_var") {
+                out.push(SaveTensor::i64(
+                    format!("{norm}num_batches_tracked"),
+                    &[],
+                    vec![steps],
+                ));
+            }
+        }
+        for (name, shape, data) in &self.extra {
+            out.push(SaveTensor::f32(name.clone(), shape, data.clone()));
+        }
+        out
+    }
+
+    /// Writes [`export`](Self::export) to `path`, whole or not at all.
+    ///
+    /// # Errors
+    /// As [`save`].
+    pub fn save(
+        &self,
+        path: &Path,
+        graph: &Graph,
+        values: Vec<Vec<f32>>,
+        steps: i64,
+        metadata: &BTreeMap<String, String>,
+        floats: FloatFormat,
+    ) -> Result<()> {
+        save(path, &self.export(graph, values, steps), metadata, floats)
+    }
+}
+
+impl Model {
+    /// The naming that a file of this model gets when none is asked for.
+    pub fn naming(&self) -> Naming {
+        match &self.arch {
+            Arch::ResNet(_) | Arch::CifarResNet(_) => Naming::TorchvisionResnet,
+            Arch::CnnWhiten(_) => Naming::Own,
+            Arch::Vit(v) if v.start == crate::models::vit::Start::Torch => Naming::Torch,
+            Arch::Vit(_) => Naming::Timm,
+        }
+    }
+}
+
+/// Classes of the classifier in `file`; 0 where a known network has none; `None` where the naming is unknown.
+pub fn classes_of(file: &WeightFile) -> Option<usize> {
+    let scheme = Scheme::of(file)?;
+    Some(match scheme.classifier(file) {
+        Some(e) => *e.shape.first()?,
+        None => 0,
+    })
+}
+
+/// What network a file seems to hold, for people: `vit_base_patch16 of timm (12 blocks of width 768, 1000 classes)`.
+pub fn identify(file: &WeightFile) -> Option<String> {
+    let has = |text: &str| file.entries().iter().any(|e| e.name.contains(text));
+    if has("relative_position_bias_table") {
+        return Some("a Swin transformer".into());
+    }
+    let scheme = Scheme::of(file)?;
+    let library = scheme.naming.library();
+    let classes = match scheme.classifier(file) {
+        Some(e) => format!("{} classes", e.shape.first()?),
+        None => "no classifier".into(),
+    };
+    if scheme.naming.family() == Family::Vit {
+        let &[dim, _, patch, _] = scheme
+            .entry(file, "patch_embed.proj.weight")?
+            .shape
+            .as_slice()
+        else {
+            return Some(format!("a ViT of {library}"));
+        };
+        let depth = scheme.count(file, |i| format!("blocks.{i}.attn.qkv.weight"));
+        let known = crate::models::vit::SIZES
+            .iter()
+            .find(|s| (s.1, s.2) == (dim, depth));
+        let name = match known {
+            Some((size, ..)) if scheme.naming == Naming::HfDinov2 => format!("dinov2_{size}"),
+            Some((size, ..)) => format!("vit_{size}_patch{patch}"),
+            None => format!("a ViT of patch {patch}"),
+        };
+        return Some(format!(
+            "{name} of {library} ({depth} blocks of width {dim}, {classes})"
+        ));
+    }
+    if scheme.naming == Naming::Own {
+        return Some(format!("cnn_whiten ({classes})"));
+    }
+    let stages = (1..=4).map(|s| scheme.count(file, |i| format!("layer{s}.{i}.conv1.weight")));
+    let stages: Vec<usize> = stages.filter(|&n| n > 0).collect();
+    let third = scheme.entry(file, "layer1.0.conv3.weight").is_some();
+    let block = if third {
+        Block::Bottleneck
+    } else {
+        Block::Basic
+    };
+    let fits = |m: &Model| match &m.arch {
+        Arch::ResNet(r) => r.block == block && r.depths[..] == stages[..],
+        Arch::CifarResNet(r) => {
+            let projects = scheme.entry(file, "layer2.0.shortcut.0.weight").is_some();
+            let b = r.shortcut == crate::models::cifar_resnet::Shortcut::Project;
+            stages == [r.blocks; 3] && projects == b
+        }
+        _ => false,
+    };
+    let name = match crate::models::list().into_iter().find(fits) {
+        Some(m) => m.id,
+        None => "a ResNet".into(),
+    };
+    Some(format!(
+        "{name} of {library} (stages of {stages:?} blocks, {classes})"
+    ))
+}
