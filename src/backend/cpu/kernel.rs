@@ -12,6 +12,7 @@
 
 use super::epilogue::{Finish, finish};
 use super::simd::Simd;
+use super::winograd;
 use std::sync::LazyLock;
 
 /// Most rows of a tile on any processor.
@@ -52,6 +53,10 @@ pub(crate) struct Kernels {
     rows: &'static [&'static [RowsFn]],
     outer: &'static [&'static [OuterFn]],
     finish: unsafe fn(&Finish),
+    /// Winograd's transforms; the contracts stand with the functions of the same names.
+    pub winograd_input: unsafe fn(&winograd::Input),
+    pub winograd_weights: unsafe fn(&winograd::Weights),
+    pub winograd_output: unsafe fn(&winograd::Output),
 }
 
 impl Kernels {
@@ -176,12 +181,30 @@ macro_rules! kernels {
                 // SAFETY: passed on.
                 unsafe { finish(t) }
             }
+            $(#[$feature])?
+            unsafe fn winograd_input(t: &winograd::Input) {
+                // SAFETY: passed on.
+                unsafe { winograd::input::<$simd>(t) }
+            }
+            $(#[$feature])?
+            unsafe fn winograd_weights(t: &winograd::Weights) {
+                // SAFETY: passed on.
+                unsafe { winograd::weights::<$simd>(t) }
+            }
+            $(#[$feature])?
+            unsafe fn winograd_output(t: &winograd::Output) {
+                // SAFETY: passed on.
+                unsafe { winograd::output::<$simd>(t) }
+            }
             pub(super) static KERNELS: Kernels = Kernels {
                 name: $name,
                 lanes: <$simd>::LANES,
                 rows: &[$(&[$(rows::<$mr, $nv>),*]),*],
                 outer: &[$(&[$(outer::<$mr, $nv>),*]),*],
                 finish: store,
+                winograd_input,
+                winograd_weights,
+                winograd_output,
             };
         }
     };

@@ -9,6 +9,7 @@ pub mod par;
 pub(crate) mod parallel;
 pub(crate) mod scratch;
 pub(crate) mod simd;
+pub(crate) mod winograd;
 
 pub use epilogue::{Activation, Epilogue};
 pub(crate) use epilogue::{Finish, RawEpilogue};

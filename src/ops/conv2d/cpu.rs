@@ -14,6 +14,7 @@
 
 mod blocks;
 mod wgrad;
+mod winograd;
 
 use super::shape::ConvShape;
 use crate::backend::cpu::gemm::{Mat, column_sums, gemm};
@@ -25,6 +26,7 @@ use crate::backend::cpu::{Activation, Epilogue, Finish, RawEpilogue};
 use blocks::{Blocks, Window, trim};
 use std::ops::Range;
 use wgrad::{PARTIAL_FLOATS, wgrad_with};
+use winograd::Winograd;
 
 /// Weights `[K, R, S, C / groups]` packed once for [`fprop_packed`], for inference.
 pub struct PackedFilter {
@@ -316,6 +318,9 @@ fn fprop_with(
         return;
     }
     let ep = RawEpilogue::new(ep);
+    if let Some(job) = Winograd::fprop(kernels, full).filter(Winograd::wins) {
+        return job.run(x, packed, ep, y);
+    }
     let [sh, sw] = s.stride;
     let (cg, kg) = (s.cg(), s.kg());
     let width = (s.wo - 1) * sw + s.s;
@@ -377,6 +382,72 @@ fn phase_taps(size: usize, stride: usize, f: usize) -> usize {
     size.saturating_sub(f).div_ceil(stride)
 }
 
+/// How dgrad's weights are packed. Input row `h = f + stride t - pad`, of phase `f`, gets `dy[t - j]` through tap
+/// `f + stride j`: one convolution of stride 1 per phase. The phases stand one after another, each as
+/// `[panel][(taps of h, taps of w, K)][nr]` with the taps flipped.
+struct Phases {
+    stride: [usize; 2],
+    kernel: [usize; 2],
+}
+
+impl Phases {
+    fn of(s: &ConvShape) -> Self {
+        Phases {
+            stride: s.stride,
+            kernel: [s.r, s.s],
+        }
+    }
+
+    fn count(&self) -> usize {
+        self.stride[0] * self.stride[1]
+    }
+
+    /// Vertical and horizontal phase.
+    fn get(&self, p: usize) -> [usize; 2] {
+        [p / self.stride[1], p % self.stride[1]]
+    }
+
+    /// Taps of phase `p`.
+    fn taps(&self, p: usize) -> [usize; 2] {
+        let f = self.get(p);
+        [0, 1].map(|d| phase_taps(self.kernel[d], self.stride[d], f[d]))
+    }
+
+    /// Taps of the phases before `p`.
+    fn before(&self, p: usize) -> usize {
+        (0..p).map(|q| self.taps(q).iter().product::<usize>()).sum()
+    }
+}
+
+fn pack_dgrad(kernels: &'static Kernels, full: &ConvShape, w: &[f32], packed: &mut [f32]) {
+    let (s, filter) = trim(full);
+    let (cg, kg) = (s.cg(), s.kg());
+    let phases = Phases::of(&s);
+    let panels = cg.div_ceil(kernels.nr());
+    let n_padded = cg.next_multiple_of(kernels.lanes);
+    let group_len = s.r * s.s * kg * n_padded;
+    let shared = Shared::new(packed);
+    parallel_for(s.groups * phases.count() * panels, |i| {
+        let (g, p, j) = (
+            i / (phases.count() * panels),
+            i / panels % phases.count(),
+            i % panels * kernels.nr(),
+        );
+        let [fh, fw] = phases.get(p);
+        let [pr, ps] = phases.taps(p);
+        let (nr, depth) = (kernels.panel(cg, j), pr * ps * kg);
+        let at = g * group_len + phases.before(p) * kg * n_padded + j * depth;
+        // SAFETY: this task alone writes this panel.
+        let out = unsafe { std::slice::from_raw_parts_mut(shared.get().add(at), depth * nr) };
+        pack_panel_rows(out, j, cg, nr, |row| {
+            let (tap, k) = (row / kg, row % kg);
+            let r = fh + s.stride[0] * (pr - 1 - tap / ps);
+            let t = fw + s.stride[1] * (ps - 1 - tap % ps);
+            &w[filter.tap(g * kg + k, r, t)..][..cg]
+        });
+    });
+}
+
 fn dgrad_with(
     kernels: &'static Kernels,
     full: &ConvShape,
@@ -385,7 +456,7 @@ fn dgrad_with(
     addend: Option<&[f32]>,
     dx: &mut [f32],
 ) {
-    let (s, filter) = &trim(full);
+    let (s, _) = &trim(full);
     check_len("dy", dy, s.output_len());
     check_len("dx", dx, s.input_len());
     assert!(
@@ -404,16 +475,7 @@ fn dgrad_with(
     let panels = cg.div_ceil(kernels.nr());
     let n_padded = cg.next_multiple_of(kernels.lanes);
     let group_len = s.r * s.s * kg * n_padded;
-    // Input row h = f + sh t - pad, of phase f, gets dy[t - j] through tap f + sh j. The packed weights hold the
-    // phases one after another, each [(taps of h), (taps of w), K] with the taps flipped.
-    let phases = sh * sw;
-    let phase_size = |p: usize| [phase_taps(s.r, sh, p / sw), phase_taps(s.s, sw, p % sw)];
-    let phase_at = |p: usize| {
-        (0..p)
-            .map(|q| phase_size(q).iter().product::<usize>())
-            .sum::<usize>()
-            * kg
-    };
+    let phases = Phases::of(s);
     let [th, tw] =
         [0, 1].map(|d| s.pad[d] / s.stride[d]..([s.h, s.w][d] - 1 + s.pad[d]) / s.stride[d] + 1);
     let [most_r, most_s] = [s.r.div_ceil(sh), s.s.div_ceil(sw)];
@@ -422,26 +484,11 @@ fn dgrad_with(
     let parts = panel_parts(blocks.count() * s.groups, panels);
     let c = Shared::new(dx);
     with_floats(s.groups * group_len, |packed| {
-        let shared = Shared::new(packed);
-        parallel_for(s.groups * phases * panels, |i| {
-            let (g, p, j) = (
-                i / (phases * panels),
-                i / panels % phases,
-                i % panels * kernels.nr(),
-            );
-            let [pr, ps] = phase_size(p);
-            let (nr, depth) = (kernels.panel(cg, j), pr * ps * kg);
-            let at = g * group_len + phase_at(p) * n_padded + j * depth;
-            // SAFETY: this task alone writes this panel.
-            let out = unsafe { std::slice::from_raw_parts_mut(shared.get().add(at), depth * nr) };
-            pack_panel_rows(out, j, cg, nr, |row| {
-                let (tap, k) = (row / kg, row % kg);
-                let r = p / sw + sh * (pr - 1 - tap / ps);
-                let ss = p % sw + sw * (ps - 1 - tap % ps);
-                &w[filter.tap(g * kg + k, r, ss)..][..cg]
-            });
-        });
+        pack_dgrad(kernels, full, w, packed);
         let packed = &*packed;
+        if let Some(job) = Winograd::dgrad(kernels, full).filter(Winograd::wins) {
+            return job.run(dy, packed, ep, dx);
+        }
         parallel_for(blocks.count() * parts, |task| {
             let (images, rows) = blocks.get(task / parts);
             let window = Window {
@@ -456,23 +503,23 @@ fn dgrad_with(
                     window.copy(dy, [s.ho, s.wo, s.k], images.clone(), a);
                     let (seg_a, indices) = indices.split_at_mut(s.r * s.s);
                     let (a_row, c_row) = indices.split_at_mut(most);
-                    for p in 0..phases {
-                        let [pr, ps] = phase_size(p);
+                    for p in 0..phases.count() {
+                        let [fh, fw] = phases.get(p);
+                        let [pr, ps] = phases.taps(p);
                         let mut q = 0;
                         for i in 0..images.len() {
                             for (row, t) in (th.start + rows.start..th.start + rows.end).enumerate()
                             {
                                 let Some(h) =
-                                    (t * sh + p / sw).checked_sub(s.pad[0]).filter(|&h| h < s.h)
+                                    (t * sh + fh).checked_sub(s.pad[0]).filter(|&h| h < s.h)
                                 else {
                                     continue;
                                 };
                                 let a0 = (i * window.height + row + most_r - pr) * width;
                                 let c0 = ((images.start + i) * s.h + h) * s.w;
                                 for (col, t) in tw.clone().enumerate() {
-                                    let Some(x) = (t * sw + p % sw)
-                                        .checked_sub(s.pad[1])
-                                        .filter(|&x| x < s.w)
+                                    let Some(x) =
+                                        (t * sw + fw).checked_sub(s.pad[1]).filter(|&x| x < s.w)
                                     else {
                                         continue;
                                     };
@@ -498,7 +545,7 @@ fn dgrad_with(
                                 c_row: &c_row[..q],
                                 seg_a: &seg_a[..segs],
                                 len: if s.groups == 1 { ps * s.k } else { kg },
-                                b: &packed[g * group_len + phase_at(p) * n_padded..],
+                                b: &packed[g * group_len + phases.before(p) * kg * n_padded..],
                                 n: cg,
                                 c,
                                 col: g * cg,

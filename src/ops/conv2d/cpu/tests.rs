@@ -209,11 +209,77 @@ fn large_weights_are_shared_out() {
     }
 }
 
+/// Relative L2 error.
+fn error(got: &[f32], want: &[f64]) -> f64 {
+    let error: f64 = got
+        .iter()
+        .zip(want)
+        .map(|(g, w)| (*g as f64 - w).powi(2))
+        .sum();
+    (error / want.iter().map(|w| w * w).sum::<f64>()).sqrt()
+}
+
+#[test]
+fn winograd_on_any_size() {
+    for kernels in available() {
+        for (input, k, pad) in [
+            ([1, 2, 2, 16], 16, 1),
+            ([2, 7, 5, 16], 48, 1),
+            ([1, 9, 13, 80], 16, 0),
+            ([3, 4, 6, 32], 32, 2),
+            ([1, 14, 14, 256], 64, 1),
+            ([9, 23, 24, 16], 32, 1),
+        ] {
+            let s = shape(input, [k, 3, 3], 1, pad, 1);
+            let (x, w, dy) = (
+                random(s.input_len(), 1),
+                random(s.weight_len(), 2),
+                random(s.output_len(), 3),
+            );
+            let (bias, residual) = (random(s.k, 4), random(s.output_len(), 5));
+            let mut want_y: Vec<f64> = (0..s.output_len())
+                .map(|i| residual[i] as f64 + bias[i % s.k] as f64)
+                .collect();
+            let mut want_dx = vec![0.0; s.input_len()];
+            let mut want_dw = vec![0.0; s.weight_len()];
+            each_product(&s, |i, j, o| {
+                want_y[o] += x[i] as f64 * w[j] as f64;
+                want_dx[i] += dy[o] as f64 * w[j] as f64;
+                want_dw[j] += dy[o] as f64 * x[i] as f64;
+            });
+            want_y.iter_mut().for_each(|v| *v = v.max(0.0));
+            let mut packed = vec![f32::NAN; fprop_packed_len(kernels, &s)];
+            pack_fprop(kernels, &s, &w, &mut packed);
+            let (mut y, mut dx) = (
+                vec![f32::NAN; s.output_len()],
+                vec![f32::NAN; s.input_len()],
+            );
+            let ep = RawEpilogue::new(epilogue(Some(&bias), Some(&residual), true));
+            Winograd::fprop(kernels, &s)
+                .unwrap()
+                .run(&x, &packed, ep, &mut y);
+            pack_dgrad(kernels, &s, &w, &mut packed);
+            Winograd::dgrad(kernels, &s)
+                .unwrap()
+                .run(&dy, &packed, RawEpilogue::PLAIN, &mut dx);
+            for (what, e) in [
+                ("fprop", error(&y, &want_y)),
+                ("dgrad", error(&dx, &want_dx)),
+            ] {
+                println!("{what} {} {s:?}: {e:e}", kernels.name);
+                assert!(e < 5e-6, "{what} {} {s:?}: {e:e}", kernels.name);
+            }
+        }
+    }
+}
+
 #[test]
 fn same_bits_on_any_number_of_threads() {
     for s in [
         shape([8, 14, 14, 48], [40, 3, 3], 1, 1, 1),
         shape([8, 14, 14, 128], [96, 3, 3], 2, 1, 1),
+        shape([8, 14, 14, 32], [32, 3, 3], 1, 1, 1),
+        shape([40, 24, 24, 16], [32, 3, 3], 1, 1, 1),
     ] {
         let (x, w, dy) = (
             random(s.input_len(), 1),
