@@ -75,10 +75,6 @@ impl Kernels {
 
 /// What attention needs beside [`Simd`].
 trait Lanes: Simd {
-    unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
-    unsafe fn sub(a: Self::V, b: Self::V) -> Self::V;
-    unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
-    unsafe fn max(a: Self::V, b: Self::V) -> Self::V;
     /// `2^x` to about 2 ulp for `x` below 128; nothing or nearly nothing below -126.
     unsafe fn exp2(x: Self::V) -> Self::V;
     /// A square of registers: rows `lds` apart to columns, rows of the result `ldd` apart.
@@ -109,22 +105,6 @@ unsafe fn exp2_polynomial<S: Simd>(r: S::V) -> S::V {
 
 impl Lanes for Portable {
     #[inline(always)]
-    unsafe fn add(a: Self::V, b: Self::V) -> Self::V {
-        std::array::from_fn(|i| a[i] + b[i])
-    }
-    #[inline(always)]
-    unsafe fn sub(a: Self::V, b: Self::V) -> Self::V {
-        std::array::from_fn(|i| a[i] - b[i])
-    }
-    #[inline(always)]
-    unsafe fn mul(a: Self::V, b: Self::V) -> Self::V {
-        std::array::from_fn(|i| a[i] * b[i])
-    }
-    #[inline(always)]
-    unsafe fn max(a: Self::V, b: Self::V) -> Self::V {
-        std::array::from_fn(|i| if a[i] > b[i] { a[i] } else { b[i] })
-    }
-    #[inline(always)]
     unsafe fn exp2(x: Self::V) -> Self::V {
         // Adding 1.5 * 2^23 rounds to an integer. A NaN stays one.
         let x: Self::V = std::array::from_fn(|i| if x[i] < -126.0 { -126.0 } else { x[i] });
@@ -152,22 +132,6 @@ mod x86 {
 
     // SAFETY (all methods of both): the trait's contract, passed on to the intrinsics.
     impl Lanes for Avx512 {
-        #[inline(always)]
-        unsafe fn add(a: __m512, b: __m512) -> __m512 {
-            unsafe { _mm512_add_ps(a, b) }
-        }
-        #[inline(always)]
-        unsafe fn sub(a: __m512, b: __m512) -> __m512 {
-            unsafe { _mm512_sub_ps(a, b) }
-        }
-        #[inline(always)]
-        unsafe fn mul(a: __m512, b: __m512) -> __m512 {
-            unsafe { _mm512_mul_ps(a, b) }
-        }
-        #[inline(always)]
-        unsafe fn max(a: __m512, b: __m512) -> __m512 {
-            unsafe { _mm512_max_ps(a, b) }
-        }
         #[inline(always)]
         unsafe fn exp2(x: __m512) -> __m512 {
             unsafe {
@@ -226,22 +190,6 @@ mod x86 {
     }
 
     impl Lanes for Avx2 {
-        #[inline(always)]
-        unsafe fn add(a: __m256, b: __m256) -> __m256 {
-            unsafe { _mm256_add_ps(a, b) }
-        }
-        #[inline(always)]
-        unsafe fn sub(a: __m256, b: __m256) -> __m256 {
-            unsafe { _mm256_sub_ps(a, b) }
-        }
-        #[inline(always)]
-        unsafe fn mul(a: __m256, b: __m256) -> __m256 {
-            unsafe { _mm256_mul_ps(a, b) }
-        }
-        #[inline(always)]
-        unsafe fn max(a: __m256, b: __m256) -> __m256 {
-            unsafe { _mm256_max_ps(a, b) }
-        }
         #[inline(always)]
         unsafe fn exp2(x: __m256) -> __m256 {
             unsafe {
