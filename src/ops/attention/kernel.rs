@@ -77,6 +77,12 @@ impl Kernels {
 trait Lanes: Simd {
     /// `2^x` to about 2 ulp for `x` below 128; nothing or nearly nothing below -126.
     unsafe fn exp2(x: Self::V) -> Self::V;
+    /// The sum of the lanes, in a fixed order.
+    unsafe fn reduce_add(v: Self::V) -> f32;
+    /// The greatest lane.
+    unsafe fn reduce_max(v: Self::V) -> f32;
+    /// Asks for the line at `p`, which may be any address.
+    unsafe fn prefetch(p: *const f32);
     /// A square of registers: rows `lds` apart to columns, rows of the result `ldd` apart.
     unsafe fn transpose(src: *const f32, lds: usize, dst: *mut f32, ldd: usize);
 }
@@ -114,6 +120,16 @@ impl Lanes for Portable {
         std::array::from_fn(|i| p[i] * f32::from_bits(((n[i] as i32 + 127) as u32) << 23))
     }
     #[inline(always)]
+    unsafe fn reduce_add(v: Self::V) -> f32 {
+        (v[0] + v[2]) + (v[1] + v[3])
+    }
+    #[inline(always)]
+    unsafe fn reduce_max(v: Self::V) -> f32 {
+        v.into_iter().fold(v[0], |a, b| if a > b { a } else { b })
+    }
+    #[inline(always)]
+    unsafe fn prefetch(_p: *const f32) {}
+    #[inline(always)]
     unsafe fn transpose(src: *const f32, lds: usize, dst: *mut f32, ldd: usize) {
         for r in 0..Self::LANES {
             for c in 0..Self::LANES {
@@ -139,6 +155,18 @@ mod x86 {
                     _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x);
                 _mm512_scalef_ps(exp2_polynomial::<Self>(_mm512_sub_ps(x, n)), n)
             }
+        }
+        #[inline(always)]
+        unsafe fn reduce_add(v: __m512) -> f32 {
+            unsafe { _mm512_reduce_add_ps(v) }
+        }
+        #[inline(always)]
+        unsafe fn reduce_max(v: __m512) -> f32 {
+            unsafe { _mm512_reduce_max_ps(v) }
+        }
+        #[inline(always)]
+        unsafe fn prefetch(p: *const f32) {
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
         }
         #[inline(always)]
         unsafe fn transpose(src: *const f32, lds: usize, dst: *mut f32, ldd: usize) {
@@ -200,6 +228,26 @@ mod x86 {
                 let exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
                 _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent)))
             }
+        }
+        #[inline(always)]
+        unsafe fn reduce_add(v: __m256) -> f32 {
+            unsafe {
+                let v = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+                let v = _mm_add_ps(v, _mm_movehl_ps(v, v));
+                _mm_cvtss_f32(_mm_add_ss(v, _mm_movehdup_ps(v)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn reduce_max(v: __m256) -> f32 {
+            unsafe {
+                let v = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+                let v = _mm_max_ps(v, _mm_movehl_ps(v, v));
+                _mm_cvtss_f32(_mm_max_ss(v, _mm_movehdup_ps(v)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn prefetch(p: *const f32) {
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
         }
         #[inline(always)]
         unsafe fn transpose(src: *const f32, lds: usize, dst: *mut f32, ldd: usize) {
@@ -270,7 +318,7 @@ unsafe fn tile<S: Simd, const MR: usize, const NV: usize, const OUTER: bool>(t: 
 }
 
 #[inline(always)]
-unsafe fn pack<S: Simd>(src: *const f32, stride: usize, rows: usize, dim: usize, dst: *mut f32) {
+unsafe fn pack<S: Lanes>(src: *const f32, stride: usize, rows: usize, dim: usize, dst: *mut f32) {
     let width = dim.next_multiple_of(S::LANES);
     // SAFETY: `rows` rows of `dim` floats there, of `width` here.
     unsafe {
@@ -278,6 +326,8 @@ unsafe fn pack<S: Simd>(src: *const f32, stride: usize, rows: usize, dim: usize,
             let (src, dst) = (src.add(r * stride), dst.add(r * width));
             let mut i = 0;
             while i + S::LANES <= dim {
+                // The next head's row lies behind this one's: no hardware prefetcher foresees rows so far apart.
+                S::prefetch(src.wrapping_add(dim + i));
                 S::store(dst.add(i), S::load(src.add(i)));
                 i += S::LANES;
             }
@@ -337,22 +387,6 @@ unsafe fn transpose<S: Lanes>(
     }
 }
 
-/// The lanes of `v`, folded pairwise in a fixed order.
-#[inline(always)]
-unsafe fn fold<S: Simd>(v: S::V, f: impl Fn(f32, f32) -> f32) -> f32 {
-    let mut l = [0.0f32; 16];
-    // SAFETY: no register has more than 16 lanes.
-    unsafe { S::store(l.as_mut_ptr(), v) };
-    let mut half = S::LANES / 2;
-    while half > 0 {
-        for i in 0..half {
-            l[i] = f(l[i], l[i + half]);
-        }
-        half /= 2;
-    }
-    l[0]
-}
-
 /// What padding scores are set to: no exponential of theirs is seen beside a true score's.
 const MASKED: f32 = -1e30;
 
@@ -369,16 +403,19 @@ unsafe fn softmax<S: Lanes>(
     // SAFETY: `rows` rows of `width` floats, and as many maxima and sums.
     unsafe {
         let cv = S::splat(c);
+        // Added to the last register of a row; scalar stores there would stall the loads that follow.
+        let mut mask = [0.0f32; 16];
+        mask[S::LANES - (width - tokens)..S::LANES].fill(MASKED);
+        let (mask, last) = (S::load(mask.as_ptr()), width - S::LANES);
         for r in 0..rows {
             let s = s.add(r * width);
-            for j in tokens..width {
-                *s.add(j) = MASKED;
-            }
-            let mut m = S::load(s);
-            for j in (S::LANES..width).step_by(S::LANES) {
+            let tail = S::add(S::load(s.add(last)), mask);
+            S::store(s.add(last), tail);
+            let mut m = tail;
+            for j in (0..last).step_by(S::LANES) {
                 m = S::max(m, S::load(s.add(j)));
             }
-            let m = fold::<S>(m, |a, b| if a > b { a } else { b });
+            let m = S::reduce_max(m);
             let shift = S::splat(-c * m);
             let mut total = S::splat(0.0);
             for j in (0..width).step_by(S::LANES) {
@@ -387,7 +424,7 @@ unsafe fn softmax<S: Lanes>(
                 total = S::add(total, p);
             }
             *max.add(r) = m;
-            *sum.add(r) = fold::<S>(total, |a, b| a + b);
+            *sum.add(r) = S::reduce_add(total);
         }
     }
 }
@@ -437,7 +474,7 @@ unsafe fn dots<S: Lanes>(
                 sum = S::fma(S::load(a.add(i)), S::load(b.add(i)), sum);
                 i += S::LANES;
             }
-            let mut total = fold::<S>(sum, |a, b| a + b);
+            let mut total = S::reduce_add(sum);
             while i < dim {
                 total += *a.add(i) * *b.add(i);
                 i += 1;
