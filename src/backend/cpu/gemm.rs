@@ -7,7 +7,7 @@
 
 use super::kernel::{Kernels, MAX_MR, MAX_NR, Outer, Rows, kernels};
 use super::pack::{pack_panel_cols, pack_panel_rows, packed_len};
-use super::parallel::{Shared, parallel_for, part};
+use super::parallel::{Shared, for_each, parallel_for, part};
 use super::scratch::{with_floats, with_indices};
 use super::{Epilogue, Finish, RawEpilogue};
 use std::ops::Range;
@@ -228,11 +228,7 @@ fn pack_block(
             }
         }
     };
-    if parallel {
-        parallel_for(panels, pack)
-    } else {
-        (0..panels).for_each(pack)
-    }
+    for_each(parallel, panels, pack);
 }
 
 #[allow(clippy::too_many_arguments)]
@@ -336,11 +332,7 @@ impl Job<'_> {
                 self.task_outer(is, js, ks.clone(), b);
             }
         };
-        if self.parallel {
-            parallel_for(m_blocks * n_blocks, task)
-        } else {
-            (0..m_blocks * n_blocks).for_each(task)
-        }
+        for_each(self.parallel, m_blocks * n_blocks, task);
     }
 
     /// Rows `is` of C and panels `js`, where A is contiguous along k.

@@ -57,6 +57,8 @@ pub(crate) struct Kernels {
     pub winograd_input: unsafe fn(&winograd::Input),
     pub winograd_weights: unsafe fn(&winograd::Weights),
     pub winograd_output: unsafe fn(&winograd::Output),
+    pub winograd_output_grad: unsafe fn(&winograd::OutputGrad),
+    pub winograd_weights_grad: unsafe fn(&winograd::WeightsGrad),
 }
 
 impl Kernels {
@@ -196,6 +198,16 @@ macro_rules! kernels {
                 // SAFETY: passed on.
                 unsafe { winograd::output::<$simd>(t) }
             }
+            $(#[$feature])?
+            unsafe fn winograd_output_grad(t: &winograd::OutputGrad) {
+                // SAFETY: passed on.
+                unsafe { winograd::output_grad::<$simd>(t) }
+            }
+            $(#[$feature])?
+            unsafe fn winograd_weights_grad(t: &winograd::WeightsGrad) {
+                // SAFETY: passed on.
+                unsafe { winograd::weights_grad::<$simd>(t) }
+            }
             pub(super) static KERNELS: Kernels = Kernels {
                 name: $name,
                 lanes: <$simd>::LANES,
@@ -205,6 +217,8 @@ macro_rules! kernels {
                 winograd_input,
                 winograd_weights,
                 winograd_output,
+                winograd_output_grad,
+                winograd_weights_grad,
             };
         }
     };

@@ -11,6 +11,15 @@ pub(crate) fn parallel_for(n: usize, f: impl Fn(usize) + Sync + Send) {
     }
 }
 
+/// [`parallel_for`], or the same on this thread alone.
+pub(crate) fn for_each(parallel: bool, n: usize, f: impl Fn(usize) + Sync + Send) {
+    if parallel {
+        parallel_for(n, f);
+    } else {
+        (0..n).for_each(f);
+    }
+}
+
 /// A pointer that tasks share, each writing elements of its own.
 #[derive(Clone, Copy)]
 pub(crate) struct Shared(*mut f32);
@@ -23,6 +32,10 @@ unsafe impl Sync for Shared {}
 impl Shared {
     pub fn new(s: &mut [f32]) -> Self {
         Shared(s.as_mut_ptr())
+    }
+
+    pub fn at(p: *mut f32) -> Self {
+        Shared(p)
     }
 
     pub fn get(self) -> *mut f32 {

@@ -1,7 +1,8 @@
-//! The three transforms of Winograd's F(4x4, 3x3), as Lavin and Gray (2015) give them, over vectors of channels.
+//! The transforms of Winograd's F(4x4, 3x3), as Lavin and Gray (2015) give them, over vectors of channels.
 //!
 //! A 4x4 block of outputs of a 3x3 convolution needs 36 products per channel pair in place of 144:
 //! `Y = A^T [ (G g G^T) * (B^T d B) ] A` with the interpolation points 0, 1, -1, 2, -2 and infinity.
+//! The weight gradient is the adjoint: `dg = G^T [ (A dY A^T) * (B^T d B) ] G`, summed over blocks before `G`.
 
 use super::simd::Simd;
 
@@ -181,6 +182,122 @@ pub(crate) unsafe fn output<S: Simd>(t: &Output) {
                         v = S::max(S::splat(0.0), v);
                     }
                     S::store(t.y.add(at), v);
+                }
+            }
+        }
+    }
+}
+
+/// The gradient of the products, `A dY A^T`, for `c` channels (whole vectors) of a block of 4x4 output gradients.
+pub(crate) struct OutputGrad<'a> {
+    pub pixel: &'a [*const f32; TILE * TILE],
+    pub c: usize,
+    pub out: *mut f32,
+    pub step: usize,
+}
+
+/// The gradient of the taps, `G^T dU G`, for `len` floats (whole vectors); tap `t` goes to `dw[t * tap_step ..]`.
+pub(crate) struct WeightsGrad {
+    pub u: *const f32,
+    pub step: usize,
+    pub len: usize,
+    pub dw: *mut f32,
+    pub tap_step: usize,
+    pub accumulate: bool,
+}
+
+#[inline(always)]
+unsafe fn output_grad_1d<S: Simd>(d: [S::V; 4]) -> [S::V; 6] {
+    // SAFETY: as `input_1d`.
+    unsafe {
+        let (even, odd) = (S::add(d[0], d[2]), S::add(d[1], d[3]));
+        let even2 = S::fma(S::splat(4.0), d[2], d[0]);
+        let odd2 = S::fma(S::splat(8.0), d[3], S::add(d[1], d[1]));
+        [
+            d[0],
+            S::add(even, odd),
+            S::sub(even, odd),
+            S::add(even2, odd2),
+            S::sub(even2, odd2),
+            d[3],
+        ]
+    }
+}
+
+/// # Safety
+/// All pixels have `c` floats, and `out` holds 36 positions.
+#[inline(always)]
+#[allow(clippy::needless_range_loop)] // indices up to constants unroll; iterators do not always
+pub(crate) unsafe fn output_grad<S: Simd>(t: &OutputGrad) {
+    for c in (0..t.c).step_by(S::LANES) {
+        // SAFETY: the function's contract.
+        unsafe {
+            let mut rows = [[S::splat(0.0); 4]; 6];
+            for j in 0..4 {
+                let d = output_grad_1d::<S>(std::array::from_fn(|i| {
+                    S::load(t.pixel[i * 4 + j].add(c))
+                }));
+                for i in 0..6 {
+                    rows[i][j] = d[i];
+                }
+            }
+            for (i, row) in rows.into_iter().enumerate() {
+                for (j, v) in output_grad_1d::<S>(row).into_iter().enumerate() {
+                    S::store(t.out.add((i * 6 + j) * t.step + c), v);
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn weights_grad_1d<S: Simd>(u: [S::V; 6]) -> [S::V; 3] {
+    // SAFETY: as `input_1d`.
+    unsafe {
+        let (a, b) = (S::add(u[1], u[2]), S::sub(u[2], u[1]));
+        let (c, d) = (S::add(u[3], u[4]), S::sub(u[3], u[4]));
+        let m6 = S::splat(-1.0 / 6.0);
+        let sixth = S::splat(1.0 / 6.0);
+        [
+            S::fma(
+                S::splat(0.25),
+                u[0],
+                S::fma(S::splat(1.0 / 24.0), c, S::mul(m6, a)),
+            ),
+            S::fma(S::splat(1.0 / 12.0), d, S::mul(sixth, b)),
+            S::fma(sixth, S::sub(c, a), u[5]),
+        ]
+    }
+}
+
+/// # Safety
+/// `u` holds 36 positions and `dw` nine taps of `len` floats.
+#[inline(always)]
+#[allow(clippy::needless_range_loop)] // indices up to constants unroll; iterators do not always
+pub(crate) unsafe fn weights_grad<S: Simd>(t: &WeightsGrad) {
+    for c in (0..t.len).step_by(S::LANES) {
+        // SAFETY: the function's contract.
+        unsafe {
+            let mut rows = [[S::splat(0.0); 6]; 3];
+            for j in 0..6 {
+                let u = weights_grad_1d::<S>(std::array::from_fn(|i| {
+                    S::load(t.u.add((i * 6 + j) * t.step + c))
+                }));
+                for i in 0..3 {
+                    rows[i][j] = u[i];
+                }
+            }
+            for (i, row) in rows.into_iter().enumerate() {
+                for (j, v) in weights_grad_1d::<S>(row).into_iter().enumerate() {
+                    let at = t.dw.add((i * 3 + j) * t.tap_step + c);
+                    S::store(
+                        at,
+                        if t.accumulate {
+                            S::add(S::load(at), v)
+                        } else {
+                            v
+                        },
+                    );
                 }
             }
         }

@@ -262,9 +262,17 @@ fn winograd_on_any_size() {
             Winograd::dgrad(kernels, &s)
                 .unwrap()
                 .run(&dy, &packed, RawEpilogue::PLAIN, &mut dx);
+            let mut dw = vec![f32::NAN; s.weight_len()];
+            let job = Winograd::fprop(kernels, &s).unwrap();
+            job.wgrad(&x, &dy, &mut dw, false);
+            let once = error(&dw, &want_dw);
+            job.wgrad(&x, &dy, &mut dw, true);
+            want_dw.iter_mut().for_each(|v| *v *= 2.0);
             for (what, e) in [
                 ("fprop", error(&y, &want_y)),
                 ("dgrad", error(&dx, &want_dx)),
+                ("wgrad", once),
+                ("wgrad twice", error(&dw, &want_dw)),
             ] {
                 println!("{what} {} {s:?}: {e:e}", kernels.name);
                 assert!(e < 5e-6, "{what} {} {s:?}: {e:e}", kernels.name);

@@ -1,6 +1,7 @@
 //! The weight gradient.
 
 use super::blocks::{Blocks, Filter, Window, trim};
+use super::winograd::Winograd;
 use crate::backend::cpu::kernel::{Kernels, MAX_MR, MAX_NR, Outer};
 use crate::backend::cpu::parallel::{Shared, parallel_for, part};
 use crate::backend::cpu::scratch::{with_floats, with_indices};
@@ -33,6 +34,9 @@ pub(super) fn wgrad_with(
             dw[..total].fill(0.0);
         }
         return;
+    }
+    if let Some(job) = Winograd::fprop(kernels, full).filter(Winograd::wins) {
+        return job.wgrad(x, dy, dw, accumulate);
     }
     let trimmed = s.weight_len() < total;
     if trimmed && !accumulate {

@@ -2,17 +2,20 @@
 //!
 //! Blocks of 4x4 outputs ("tiles") are taken in groups. A group's inputs are transformed to `V[36][tile][C]`, multiplied
 //! with the transformed weights `U[36][panel][C][nr]` to `M[36][panel][tile][nr]`, and transformed back with the
-//! epilogue. With many tiles each task takes groups of its own, which fit in L2; with few, all threads share one group
+//! epilogue. The weight gradient transforms inputs and output gradients, sums their products over tiles in groups that
+//! the shape fixes, and transforms the sums. With many tiles each task takes groups of its own, which fit in L2; with few, all threads share one group
 //! and take the three steps together. The same sums are made either way, so the bits do not depend on the threads.
 //!
 //! The relative error (L2) is about 1e-6, some times that of direct summation.
 
 use super::blocks::trim;
-use crate::backend::cpu::kernel::{Kernels, MAX_MR, Rows};
-use crate::backend::cpu::parallel::{Shared, parallel_for, part};
-use crate::backend::cpu::scratch::with_floats;
-use crate::backend::cpu::winograd::{Input, Output, POSITIONS, TILE, Weights};
-use crate::backend::cpu::{Activation, RawEpilogue};
+use crate::backend::cpu::kernel::{Kernels, MAX_MR, MAX_NR, Outer, Rows};
+use crate::backend::cpu::parallel::{Shared, for_each, parallel_for, part};
+use crate::backend::cpu::scratch::{with_floats, with_indices};
+use crate::backend::cpu::winograd::{
+    Input, Output, OutputGrad, POSITIONS, TILE, Weights, WeightsGrad,
+};
+use crate::backend::cpu::{Activation, Finish, RawEpilogue};
 use crate::ops::conv2d::ConvShape;
 use std::ops::Range;
 
@@ -20,6 +23,10 @@ use std::ops::Range;
 const GROUP_FLOATS: usize = 192 * 1024;
 /// Floats of V and M that all threads share.
 const SHARED_FLOATS: usize = 3 * 1024 * 1024;
+/// Channel pairs up to which the weight gradient has partial sums, which fit in L2 beside a group.
+const PARTIAL_PAIRS: usize = 64 * 64;
+/// Partial sums of the weight gradient, at most.
+const PARTIALS: usize = 8;
 
 /// A 3x3 convolution of stride 1, from `[n, h, w, c]` to `[n, ho, wo, k]`.
 pub(super) struct Winograd {
@@ -196,6 +203,210 @@ impl Winograd {
             unsafe { (self.kernels.winograd_weights)(&args) }
         });
     }
+
+    /// `dw[K, 3, 3, C]` from `x` and `dy`, of the forward pass `self`.
+    pub fn wgrad(&self, x: &[f32], dy: &[f32], dw: &mut [f32], accumulate: bool) {
+        let [c, k, tiles] = [self.c, self.k, self.tiles()];
+        let total = POSITIONS * c * k;
+        // Partial sums and groups depend on the shape alone, so the sums do not depend on the number of threads.
+        let partials = if c * k > PARTIAL_PAIRS {
+            1
+        } else {
+            tiles.div_ceil(64).min(PARTIALS)
+        };
+        with_floats(partials * total, |u| {
+            let shared = Shared::new(u);
+            if partials == 1 {
+                self.sum_products(x, dy, 0..tiles, true, shared.get());
+            } else {
+                parallel_for(partials, |p| {
+                    // SAFETY: this task alone writes these sums.
+                    let u = unsafe { shared.get().add(p * total) };
+                    self.sum_products(x, dy, part(tiles, partials, p), false, u);
+                });
+                let (first, rest) = u.split_at_mut(total);
+                let first = Shared::new(first);
+                let pieces = total.div_ceil(8192);
+                parallel_for(pieces, |i| {
+                    let range = part(total, pieces, i);
+                    // SAFETY: this task alone writes this range.
+                    let sums = unsafe {
+                        std::slice::from_raw_parts_mut(first.get().add(range.start), range.len())
+                    };
+                    for u in rest.chunks_exact(total) {
+                        let u = &u[range.clone()];
+                        sums.iter_mut().zip(u).for_each(|(s, v)| *s += v);
+                    }
+                });
+            }
+            let u = &u[..total];
+            let dw = Shared::new(dw);
+            parallel_for(k, |k_at| {
+                let args = WeightsGrad {
+                    u: u[k_at * c..].as_ptr(),
+                    step: k * c,
+                    len: c,
+                    dw: dw.get().wrapping_add(k_at * 9 * c),
+                    tap_step: c,
+                    accumulate,
+                };
+                // SAFETY: this task alone writes this output channel's taps.
+                unsafe { (self.kernels.winograd_weights_grad)(&args) }
+            });
+        });
+    }
+
+    /// `u[36][K][C]`: the products of transformed output gradients and inputs, summed over `tiles` in order.
+    fn sum_products(
+        &self,
+        x: &[f32],
+        dy: &[f32],
+        tiles: Range<usize>,
+        parallel: bool,
+        u: *mut f32,
+    ) {
+        let kernels = self.kernels;
+        let [c, k] = [self.c, self.k];
+        let (v_step, d_step) = (self.v_step(), k + 16);
+        let fit = if parallel {
+            SHARED_FLOATS
+        } else {
+            GROUP_FLOATS
+        } / (POSITIONS * (v_step + d_step));
+        let groups = tiles.len().div_ceil(fit.max(32));
+        let most = tiles.len().div_ceil(groups);
+        let u = Shared::at(u);
+        with_floats(POSITIONS * most * (v_step + d_step) + c.max(k), |scratch| {
+            let (v, scratch) = scratch.split_at_mut(POSITIONS * most * v_step);
+            let (d, zeros) = scratch.split_at_mut(POSITIONS * most * d_step);
+            zeros.fill(0.0);
+            let (v, d) = (Shared::new(v), Shared::new(d));
+            with_indices(most, |b_row| {
+                b_row
+                    .iter_mut()
+                    .enumerate()
+                    .for_each(|(t, b)| *b = t * v_step);
+                for g in 0..groups {
+                    let group = part(tiles.len(), groups, g);
+                    let count = group.len();
+                    for_each(parallel, count, |t| {
+                        let tile = tiles.start + group.start + t;
+                        let pixel = self.pixels(x, zeros, tile);
+                        let out = v.get().wrapping_add(t * v_step);
+                        let args = Input {
+                            pixel: &pixel,
+                            c,
+                            out,
+                            step: count * v_step,
+                        };
+                        // SAFETY: every pixel has c floats; this tile's lines of V have 36 positions.
+                        unsafe { (kernels.winograd_input)(&args) }
+                        let pixel = self.output_pixels(dy, zeros, tile);
+                        let out = d.get().wrapping_add(t * d_step);
+                        let args = OutputGrad {
+                            pixel: &pixel,
+                            c: k,
+                            out,
+                            step: count * d_step,
+                        };
+                        // SAFETY: as above, for k floats and D.
+                        unsafe { (kernels.winograd_output_grad)(&args) }
+                    });
+                    for_each(parallel, POSITIONS, |e| {
+                        let d = d.get().wrapping_add(e * count * d_step);
+                        let v = v.get().wrapping_add(e * count * v_step);
+                        let u = u.get().wrapping_add(e * k * c);
+                        // SAFETY: V and D hold this position of these tiles, and only this task writes it in U.
+                        unsafe { self.position(d, v, &b_row[..count], u, g > 0) }
+                    });
+                }
+            });
+        });
+    }
+
+    /// `u[K, C] (+)= d^T v` for one position, over the tiles at `b_row`.
+    ///
+    /// # Safety
+    /// `d` and `v` hold these tiles, and nobody else uses `u`.
+    unsafe fn position(
+        &self,
+        d: *const f32,
+        v: *const f32,
+        b_row: &[usize],
+        u: *mut f32,
+        accumulate: bool,
+    ) {
+        let [c, k] = [self.c, self.k];
+        let parts = k.div_ceil(self.kernels.mr());
+        let mut tile = [0.0f32; MAX_MR * MAX_NR];
+        let mut j = 0;
+        while j < c {
+            let nr = self.kernels.panel(c, j);
+            for i in 0..parts {
+                let ks = part(k, parts, i);
+                let args = Outer {
+                    a: d.wrapping_add(ks.start),
+                    a_step: k + 16,
+                    b: v.wrapping_add(j),
+                    b_row,
+                    out: tile.as_mut_ptr(),
+                };
+                let row: [usize; MAX_MR] = std::array::from_fn(|i| (ks.start + i) * c);
+                let store = Finish {
+                    tile: tile.as_ptr(),
+                    nr,
+                    row: &row[..ks.len()],
+                    col: j,
+                    cols: nr,
+                    c: u,
+                    accumulate,
+                    ep: RawEpilogue::PLAIN,
+                };
+                // SAFETY: the function's contract; `c` is a whole number of vectors.
+                unsafe {
+                    self.kernels.outer(ks.len(), nr, &args);
+                    self.kernels.finish(&store);
+                }
+            }
+            j += nr;
+        }
+    }
+
+    /// The 4x4 output pixels of a tile; `zeros` stands for those beyond the image.
+    fn output_pixels(&self, dy: &[f32], zeros: &[f32], tile: usize) -> [*const f32; TILE * TILE] {
+        let [image, oh, ow] = self.place(tile);
+        std::array::from_fn(|e| {
+            let (h, w) = (oh + e / TILE, ow + e % TILE);
+            if h < self.ho && w < self.wo {
+                dy[((image * self.ho + h) * self.wo + w) * self.k..].as_ptr()
+            } else {
+                zeros.as_ptr()
+            }
+        })
+    }
+
+    /// Image and first output row and column of a tile.
+    fn place(&self, tile: usize) -> [usize; 3] {
+        let [th, tw] = self.tiles_of_image();
+        [tile / (th * tw), tile / tw % th * TILE, tile % tw * TILE]
+    }
+
+    /// The 6x6 input pixels under a tile; `zeros` stands for those in the padding.
+    fn pixels(&self, x: &[f32], zeros: &[f32], tile: usize) -> [*const f32; POSITIONS] {
+        let [image, oh, ow] = self.place(tile);
+        std::array::from_fn(|e| {
+            let h = (oh + e / 6)
+                .checked_sub(self.pad[0])
+                .filter(|&h| h < self.h);
+            let w = (ow + e % 6)
+                .checked_sub(self.pad[1])
+                .filter(|&w| w < self.w);
+            match (h, w) {
+                (Some(h), Some(w)) => x[((image * self.h + h) * self.w + w) * self.c..].as_ptr(),
+                _ => zeros.as_ptr(),
+            }
+        })
+    }
 }
 
 struct Job<'a> {
@@ -217,25 +428,11 @@ struct Group<'a> {
 }
 
 impl Group<'_> {
-    /// Image and first output row and column of a tile.
-    fn place(&self, tile: usize) -> [usize; 3] {
-        let [th, tw] = self.job.w.tiles_of_image();
-        [tile / (th * tw), tile / tw % th * TILE, tile % tw * TILE]
-    }
-
     /// Transforms the inputs of tiles `ts` of the group.
     fn input(&self, ts: Range<usize>) {
         let Job { w, x, zeros, .. } = *self.job;
         for t in ts {
-            let [image, oh, ow] = self.place(self.tiles.start + t);
-            let pixel = std::array::from_fn(|e| {
-                let h = (oh + e / 6).checked_sub(w.pad[0]).filter(|&h| h < w.h);
-                let v = (ow + e % 6).checked_sub(w.pad[1]).filter(|&v| v < w.w);
-                match (h, v) {
-                    (Some(h), Some(v)) => x[((image * w.h + h) * w.w + v) * w.c..].as_ptr(),
-                    _ => zeros.as_ptr(),
-                }
-            });
+            let pixel = w.pixels(x, zeros, self.tiles.start + t);
             let args = Input {
                 pixel: &pixel,
                 c: w.c,
@@ -281,7 +478,7 @@ impl Group<'_> {
         let Job { w, y, ep, .. } = *self.job;
         let count = self.tiles.len();
         for t in ts {
-            let [image, oh, ow] = self.place(self.tiles.start + t);
+            let [image, oh, ow] = w.place(self.tiles.start + t);
             for p in 0..w.panels() {
                 let (j, nr) = w.panel(p);
                 let at = ((image * w.ho + oh) * w.wo + ow) * w.k + j;
