@@ -66,9 +66,10 @@ pub fn grad(
     let found = graph.backward(loss, &[])?;
     let mut grads = vec![];
     for (i, p) in graph.params.iter().enumerate().filter(|(_, p)| !p.buffer) {
-        let d = found.get(&p.tid).copied().ok_or_else(|| {
-            Error::run(format!("{}: no gradient reached {}", model.id, p.name))
-        })?;
+        let d = found
+            .get(&p.tid)
+            .copied()
+            .ok_or_else(|| Error::run(format!("{}: no gradient reached {}", model.id, p.name)))?;
         grads.push((i, d));
     }
     for &(_, d) in &grads {

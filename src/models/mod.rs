@@ -7,6 +7,7 @@
 pub mod cifar_resnet;
 pub mod cnn_whiten;
 pub mod forward;
+pub mod grad;
 pub mod info;
 pub mod init;
 pub mod resnet;
