@@ -16,6 +16,8 @@ use std::ops::Range;
 const MAX_KC: usize = 1024;
 /// Floats of A that one task keeps in L2.
 const A_BLOCK: usize = 96 * 1024;
+/// Floats of B that stay in L2 while A and C pass by.
+const B_BLOCK: usize = 80 * 1024;
 /// Products with fewer multiply-adds than this stay on the calling thread.
 const SERIAL_MACS: usize = 1 << 17;
 
@@ -321,7 +323,7 @@ impl Job<'_> {
         let n_blocks = if !self.parallel || threads == 1 {
             1
         } else {
-            (6 * threads).div_ceil(m_blocks).min(panels)
+            (4 * threads).div_ceil(m_blocks).min(panels)
         };
         let task = |t: usize| {
             let is = part(self.m, m_blocks, t % m_blocks);
@@ -338,6 +340,8 @@ impl Job<'_> {
     /// Rows `is` of C and panels `js`, where A is contiguous along k.
     fn task_rows(&self, is: Range<usize>, js: Range<usize>, ks: Range<usize>, b: &[f32]) {
         let kc = ks.len();
+        // Where the panels all stay in L2, C costs more than B: whole rows of C are written in one go.
+        let row_order = kc * js.len() * self.kernels.nr() <= B_BLOCK;
         // Rows a multiple of 2 KiB apart share a few sets of L1; a copy with another stride does not.
         let stride = self.a.row_stride;
         let collide = stride.is_multiple_of(512) && is.len() > 4 && js.len() > 1;
@@ -357,7 +361,7 @@ impl Job<'_> {
                     stride,
                 )
             };
-            self.tiles(is, js, |mr, nr, i, j, out| {
+            self.tiles(is, js, row_order, |mr, nr, i, j, out| {
                 let row: [usize; MAX_MR] = std::array::from_fn(|r| (i + r) * stride);
                 let args = Rows {
                     a: data.as_ptr(),
@@ -398,7 +402,7 @@ impl Job<'_> {
             }
             with_indices(kc, |b_row| {
                 let mut table_nr = 0;
-                self.tiles(is, js, |mr, nr, i, j, out| {
+                self.tiles(is, js, false, |mr, nr, i, j, out| {
                     if table_nr != nr {
                         table_nr = nr;
                         b_row.iter_mut().enumerate().for_each(|(k, v)| *v = k * nr);
@@ -418,35 +422,41 @@ impl Job<'_> {
     }
 
     /// Calls `multiply(mr, nr, row - is.start, column, out)` for every tile, and stores what it leaves in `out`.
+    ///
+    /// Panel by panel, or with `row_order` tile by tile, which writes whole rows of C.
     fn tiles(
         &self,
         is: Range<usize>,
         js: Range<usize>,
+        row_order: bool,
         mut multiply: impl FnMut(usize, usize, usize, usize, *mut f32),
     ) {
         let mut tile = [0.0f32; MAX_MR * MAX_NR];
-        for p in js {
-            let j = p * self.kernels.nr();
+        let tiles = is.len().div_ceil(self.kernels.mr());
+        for step in 0..tiles * js.len() {
+            let (t, p) = if row_order {
+                (step / js.len(), step % js.len())
+            } else {
+                (step % tiles, step / tiles)
+            };
+            let j = (js.start + p) * self.kernels.nr();
             let nr = self.kernels.panel(self.n, j);
-            let tiles = is.len().div_ceil(self.kernels.mr());
-            for t in 0..tiles {
-                let rows = part(is.len(), tiles, t);
-                multiply(rows.len(), nr, rows.start, j, tile.as_mut_ptr());
-                let row: [usize; MAX_MR] =
-                    std::array::from_fn(|r| (is.start + rows.start + r) * self.ldc);
-                let args = Finish {
-                    tile: tile.as_ptr(),
-                    nr,
-                    row: &row[..rows.len()],
-                    col: j,
-                    cols: nr.min(self.n - j),
-                    c: self.c.get(),
-                    accumulate: self.accumulate,
-                    ep: self.ep,
-                };
-                // SAFETY: the sizes were checked in `gemm_with`; this task alone writes these elements.
-                unsafe { self.kernels.finish(&args) }
-            }
+            let rows = part(is.len(), tiles, t);
+            multiply(rows.len(), nr, rows.start, j, tile.as_mut_ptr());
+            let row: [usize; MAX_MR] =
+                std::array::from_fn(|r| (is.start + rows.start + r) * self.ldc);
+            let args = Finish {
+                tile: tile.as_ptr(),
+                nr,
+                row: &row[..rows.len()],
+                col: j,
+                cols: nr.min(self.n - j),
+                c: self.c.get(),
+                accumulate: self.accumulate,
+                ep: self.ep,
+            };
+            // SAFETY: the sizes were checked in `gemm_with`; this task alone writes these elements.
+            unsafe { self.kernels.finish(&args) }
         }
     }
 }

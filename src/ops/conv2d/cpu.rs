@@ -5,6 +5,8 @@
 //! There the S * C values under a kernel row are contiguous, so the register kernels of [`crate::backend::cpu`]
 //! read pixels in place through one offset per pixel and one per kernel row.
 //!
+//! - A 1x1 convolution of stride 1 is a plain product; a 3x3 of stride 1 with enough channels and pixels goes by
+//!   Winograd's F(4x4, 3x3) (`winograd.rs`); everything else is an implicit GEMM:
 //! - fprop: pixels times packed weights.
 //! - dgrad: for each phase of the stride, a stride-1 convolution of dY with the flipped taps of that phase.
 //! - wgrad: per kernel row, `dY^T X` over the pixels of a block. Small weights: fixed groups of blocks have partial
@@ -17,7 +19,7 @@ mod wgrad;
 mod winograd;
 
 use super::shape::ConvShape;
-use crate::backend::cpu::gemm::{Mat, column_sums, gemm};
+use crate::backend::cpu::gemm::{Mat, PackedB, column_sums, gemm, gemm_packed};
 use crate::backend::cpu::kernel::{Kernels, MAX_MR, MAX_NR, Rows, kernels};
 use crate::backend::cpu::pack::{pack_panel_cols, pack_panel_rows, packed_len};
 use crate::backend::cpu::parallel::{Shared, parallel_for, part};
@@ -29,18 +31,26 @@ use wgrad::{PARTIAL_FLOATS, wgrad_with};
 use winograd::Winograd;
 
 /// Weights `[K, R, S, C / groups]` packed once for [`fprop_packed`], for inference.
-pub struct PackedFilter {
-    kernels: &'static Kernels,
-    data: Vec<f32>,
+pub struct PackedFilter(Packed);
+
+enum Packed {
+    /// Of a 1x1 convolution that is a plain product.
+    Product(PackedB),
+    Filter(&'static Kernels, Vec<f32>),
 }
 
 impl PackedFilter {
     /// Packs `w` for convolutions of this shape, of any batch size.
     pub fn new(shape: &ConvShape, w: &[f32]) -> Self {
+        check_len("w", w, shape.weight_len());
+        if shape.is_matrix_product() {
+            let b = Mat::transposed(w, shape.c);
+            return PackedFilter(Packed::Product(PackedB::new(shape.c, shape.k, b)));
+        }
         let kernels = kernels();
         let mut data = vec![0.0; fprop_packed_len(kernels, shape)];
         pack_fprop(kernels, shape, w, &mut data);
-        PackedFilter { kernels, data }
+        PackedFilter(Packed::Filter(kernels, data))
     }
 }
 
@@ -90,15 +100,43 @@ pub fn fprop_packed(
     relu: bool,
     y: &mut [f32],
 ) {
-    check_len("packed w", &w.data, fprop_packed_len(w.kernels, shape));
-    fprop_with(
-        w.kernels,
-        shape,
-        x,
-        &w.data,
-        epilogue(bias, residual, relu),
-        y,
-    );
+    let ep = epilogue(bias, residual, relu);
+    match &w.0 {
+        Packed::Product(w) => {
+            let m = shape.n * shape.h * shape.w;
+            assert_eq!(
+                w.shape(),
+                [shape.c, shape.k],
+                "conv2d: the weights were packed for another shape"
+            );
+            gemm_packed(m, Mat::new(x, shape.c), w, y, shape.k, false, ep);
+        }
+        Packed::Filter(kernels, w) => {
+            check_len("packed w", w, fprop_packed_len(kernels, shape));
+            fprop_with(kernels, shape, x, w, ep, y);
+        }
+    }
+}
+
+/// Algorithms that the shape chooses between: [`variant`].
+pub fn variants() -> &'static [&'static str] {
+    &["product", "implicit_gemm", "winograd_4x4"]
+}
+
+/// The algorithm that [`fprop`], [`dgrad`] (with `dgrad`) and [`wgrad`] use for this shape.
+pub fn variant(shape: &ConvShape, dgrad: bool) -> &'static str {
+    let make = if dgrad {
+        Winograd::dgrad
+    } else {
+        Winograd::fprop
+    };
+    if shape.is_matrix_product() {
+        "product"
+    } else if make(kernels(), shape).is_some_and(|w| w.wins()) {
+        "winograd_4x4"
+    } else {
+        "implicit_gemm"
+    }
 }
 
 /// `dx = conv^T(dy, w) + addend`; `addend` is laid out as `dx`.

@@ -315,6 +315,20 @@ fn same_bits_on_any_number_of_threads() {
 }
 
 #[test]
+fn the_shape_chooses_the_algorithm() {
+    for (s, want) in [
+        (shape([8, 56, 56, 64], [64, 3, 3], 1, 1, 1), "winograd_4x4"),
+        (shape([8, 56, 56, 64], [64, 3, 3], 2, 1, 1), "implicit_gemm"),
+        (shape([8, 56, 56, 3], [64, 3, 3], 1, 1, 1), "implicit_gemm"),
+        (shape([8, 56, 56, 64], [64, 1, 1], 1, 0, 1), "product"),
+    ] {
+        assert_eq!(variant(&s, false), want, "{s:?}");
+        assert_eq!(variant(&s, true), want, "{s:?}");
+        assert!(variants().contains(&want));
+    }
+}
+
+#[test]
 fn impossible_shapes_are_refused() {
     for (input, kernel, stride, groups) in [
         ([1, 2, 2, 3], [4, 3, 3], 1, 1),
