@@ -309,9 +309,9 @@ unsafe fn tile<S: Simd, const MR: usize, const NV: usize, const OUTER: bool>(t: 
             }
             b = b.wrapping_add(t.ldb);
         }
-        for i in 0..MR {
-            for v in 0..NV {
-                S::store(t.c.add(i * t.ldc + v * S::LANES), acc[i][v]);
+        for (i, row) in acc.iter().enumerate() {
+            for (v, sum) in row.iter().enumerate() {
+                S::store(t.c.add(i * t.ldc + v * S::LANES), *sum);
             }
         }
     }
