@@ -1,5 +1,6 @@
 //! What happens to a tile of sums on its way to memory: bias, addend, activation, and a copy before the activation.
 
+use super::simd::Simd;
 use std::f32::consts::{FRAC_1_SQRT_2, LOG2_E};
 
 /// Elementwise function at the end of a GEMM or convolution.
@@ -78,14 +79,52 @@ pub(crate) struct Finish<'a> {
 /// # Safety
 /// The contract of [`Finish`].
 #[inline(always)]
-pub(crate) unsafe fn finish(t: &Finish) {
-    // The usual widths as constants, so that the loops become straight vector code.
+pub(crate) unsafe fn finish<S: Simd>(t: &Finish) {
     // SAFETY: passed on.
     unsafe {
-        match t.cols {
-            16 => finish_cols(t, 16),
-            32 => finish_cols(t, 32),
-            cols => finish_cols(t, cols),
+        if !t.cols.is_multiple_of(S::LANES) {
+            return finish_cols(t, t.cols);
+        }
+        finish_vectors::<S>(t);
+        if matches!(t.ep.activation, Activation::GeluErf | Activation::GeluTanh) {
+            for row in t.row {
+                let out = std::slice::from_raw_parts_mut(t.c.add(row + t.col), t.cols);
+                if t.ep.activation == Activation::GeluErf {
+                    out.iter_mut().for_each(|o| *o = gelu_erf(*o));
+                } else {
+                    out.iter_mut().for_each(|o| *o = gelu_tanh(*o));
+                }
+            }
+        }
+    }
+}
+
+/// Whole vectors, all but a GELU: each result is stored once.
+#[inline(always)]
+unsafe fn finish_vectors<S: Simd>(t: &Finish) {
+    for (i, &row) in t.row.iter().enumerate() {
+        for j in (0..t.cols).step_by(S::LANES) {
+            let at = row + t.col + j;
+            // SAFETY: the contract of `Finish`.
+            unsafe {
+                let mut v = S::load(t.tile.add(i * t.nr + j));
+                if t.accumulate {
+                    v = S::add(S::load(t.c.add(at)), v);
+                }
+                if !t.ep.bias.is_null() {
+                    v = S::add(v, S::load(t.ep.bias.add(t.col + j)));
+                }
+                if !t.ep.addend.is_null() {
+                    v = S::add(v, S::load(t.ep.addend.add(at)));
+                }
+                if !t.ep.preact.is_null() {
+                    S::store(t.ep.preact.add(at), v);
+                }
+                if t.ep.activation == Activation::Relu {
+                    v = S::max(S::splat(0.0), v); // a NaN stays
+                }
+                S::store(t.c.add(at), v);
+            }
         }
     }
 }

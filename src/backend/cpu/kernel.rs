@@ -181,7 +181,7 @@ macro_rules! kernels {
             $(#[$feature])?
             unsafe fn store(t: &Finish) {
                 // SAFETY: passed on.
-                unsafe { finish(t) }
+                unsafe { finish::<$simd>(t) }
             }
             $(#[$feature])?
             unsafe fn winograd_input(t: &winograd::Input) {
