@@ -19,24 +19,30 @@ pub struct AffineSample {
     pub bilinear: bool,
 }
 
-/// One image of `h` rows and `w` columns.
-struct Image<'a> {
+/// One image of `h` rows and `w` columns. Its methods are compiled for `C` channels, so that a pixel is moved without a
+/// loop; 0 stands for any number.
+struct Image<'a, const C: usize> {
     x: &'a [f32],
     fill: &'a [f32],
     h: usize,
     w: usize,
 }
 
-impl Image<'_> {
+impl<const C: usize> Image<'_, C> {
+    #[inline(always)]
+    fn channels(&self) -> usize {
+        if C == 0 { self.fill.len() } else { C }
+    }
+
     /// The pixel at a whole column and row, or the fill.
     #[inline(always)]
     fn pixel(&self, col: f32, row: f32) -> &[f32] {
-        let c = self.fill.len();
+        let c = self.channels();
         // NaN fails every comparison.
         if col >= 0.0 && row >= 0.0 && col < self.w as f32 && row < self.h as f32 {
             &self.x[(row as usize * self.w + col as usize) * c..][..c]
         } else {
-            self.fill
+            &self.fill[..c]
         }
     }
 
@@ -61,7 +67,8 @@ impl Image<'_> {
 
     /// Row `from` (or none) moved by whole pixels: output column j takes column `first + j`, or `first - j` mirrored.
     fn shifted(&self, row: Option<usize>, first: i64, mirrored: bool, y: &mut [f32]) {
-        let (c, w) = (self.fill.len(), self.w as i64);
+        let (c, w) = (self.channels(), self.w as i64);
+        let fill = &self.fill[..c];
         let source = row.map(|r| &self.x[r * self.w * c..(r + 1) * self.w * c]);
         // Output columns [from, to) have a source.
         let (from, to) = match (source, mirrored) {
@@ -72,10 +79,10 @@ impl Image<'_> {
         let (from, to) = (from.clamp(0, w) as usize, to.clamp(0, w) as usize);
         let (from, to) = (from, to.max(from));
         for p in y[..from * c].chunks_exact_mut(c) {
-            p.copy_from_slice(self.fill);
+            p.copy_from_slice(fill);
         }
         for p in y[to * c..].chunks_exact_mut(c) {
-            p.copy_from_slice(self.fill);
+            p.copy_from_slice(fill);
         }
         let Some(source) = source.filter(|_| to > from) else {
             return;
@@ -90,6 +97,29 @@ impl Image<'_> {
         } else {
             let start = (first + from as i64) as usize * c;
             y.copy_from_slice(&source[start..start + y.len()]);
+        }
+    }
+
+    /// Output row `row` along the map `m`.
+    fn row(&self, m: &[f32], row: usize, bilinear: bool, y: &mut [f32]) {
+        if let Some((mirrored, left, upside_down, top)) = whole_pixels(m) {
+            let from = if upside_down {
+                top - row as i64
+            } else {
+                top + row as i64
+            };
+            let from = (0..self.h as i64).contains(&from).then_some(from as usize);
+            return self.shifted(from, left, mirrored, y);
+        }
+        let v = row as f32;
+        for (j, y) in y.chunks_exact_mut(self.channels()).enumerate() {
+            let u = j as f32;
+            let (u, v) = (m[0] * u + m[1] * v + m[2], m[3] * u + m[4] * v + m[5]);
+            if bilinear {
+                self.bilinear(u, v, y);
+            } else {
+                self.nearest(u, v, y);
+            }
         }
     }
 }
@@ -160,42 +190,30 @@ impl Op for AffineSample {
 
     fn cpu(&self, cx: &mut CpuCx) -> Result<CpuKernel> {
         let bilinear = self.bilinear;
-        let (h, w, c) = (cx.x[0].shape[1], cx.x[0].shape[2], cx.x[0].shape[3]);
-        Ok(Box::new(move |a| {
-            par::rows(a.y(0), w * c, |first, y| {
-                for (i, y) in y.chunks_mut(w * c).enumerate() {
-                    let (n, row) = ((first + i) / h, (first + i) % h);
-                    let image = Image {
-                        x: &a.x(0)[n * h * w * c..][..h * w * c],
-                        fill: a.x(2),
-                        h,
-                        w,
-                    };
-                    let m = &a.x(1)[n * 6..][..6];
-                    if let Some((mirrored, left, upside_down, top)) = whole_pixels(m) {
-                        let from = if upside_down {
-                            top - row as i64
-                        } else {
-                            top + row as i64
-                        };
-                        let from = (0..h as i64).contains(&from).then_some(from as usize);
-                        image.shifted(from, left, mirrored, y);
-                        continue;
-                    }
-                    let v = row as f32;
-                    for (j, y) in y.chunks_exact_mut(c).enumerate() {
-                        let u = j as f32;
-                        let (u, v) = (m[0] * u + m[1] * v + m[2], m[3] * u + m[4] * v + m[5]);
-                        if bilinear {
-                            image.bilinear(u, v, y);
-                        } else {
-                            image.nearest(u, v, y);
-                        }
-                    }
-                }
-            });
-        }))
+        let shape = [cx.x[0].shape[1], cx.x[0].shape[2], cx.x[0].shape[3]];
+        Ok(match shape[2] {
+            1 => kernel::<1>(shape, bilinear),
+            3 => kernel::<3>(shape, bilinear),
+            _ => kernel::<0>(shape, bilinear),
+        })
     }
+}
+
+fn kernel<const C: usize>([h, w, c]: [usize; 3], bilinear: bool) -> CpuKernel {
+    Box::new(move |a| {
+        par::rows(a.y(0), w * c, |first, y| {
+            for (i, y) in y.chunks_mut(w * c).enumerate() {
+                let (n, row) = ((first + i) / h, (first + i) % h);
+                let image = Image::<C> {
+                    x: &a.x(0)[n * h * w * c..][..h * w * c],
+                    fill: a.x(2),
+                    h,
+                    w,
+                };
+                image.row(&a.x(1)[n * 6..][..6], row, bilinear, y);
+            }
+        });
+    })
 }
 
 impl Graph {

@@ -71,7 +71,79 @@ multiversion! {
     }
 }
 
+/// How much of each class a row's target has.
+#[derive(Clone, Copy)]
+struct Shares<'a> {
+    /// Soft targets, or empty for a label.
+    soft: &'a [f32],
+    /// Class weights, or empty.
+    weights: &'a [f32],
+    /// Factor on the soft targets: 1 - smoothing.
+    keep: f32,
+    /// What every class has: smoothing / C.
+    spread: f32,
+}
+
+impl Shares<'_> {
+    /// `q[c]`, but for the label's own share.
+    #[inline(always)]
+    fn of<const SOFT: bool, const WEIGHTED: bool>(&self, c: usize) -> f32 {
+        let t = if SOFT { self.keep * self.soft[c] } else { 0.0 };
+        let w = if WEIGHTED { self.weights[c] } else { 1.0 };
+        w * (t + self.spread)
+    }
+}
+
+multiversion! {
+    /// `sum q (lse - z)` and `sum q` of one row.
+    fn shared_loss<const SOFT: bool, const WEIGHTED: bool>(s: Shares, z: &[f32], lse: f32) -> (f64, f64) {
+        const LANES: usize = 16;
+        let (mut loss, mut total) = ([0f32; LANES], [0f32; LANES]);
+        for (i, block) in z.chunks(LANES).enumerate() {
+            for (l, &z) in block.iter().enumerate() {
+                let q = s.of::<SOFT, WEIGHTED>(i * LANES + l);
+                // A class that cannot be, with a logit of minus infinity, costs nothing where nothing is asked of it.
+                loss[l] += if q == 0.0 { 0.0 } else { q * (lse - z) };
+                total[l] += q;
+            }
+        }
+        let sum = |v: [f32; LANES]| v.iter().map(|&v| f64::from(v)).sum();
+        (sum(loss), sum(total))
+    }
+}
+
+multiversion! {
+    /// `d = factor e - inverse q`, with the exponentials `e` in `d`.
+    fn shared_gradient<const SOFT: bool, const WEIGHTED: bool>(s: Shares, factor: f32, inverse: f32, d: &mut [f32]) {
+        for (c, d) in d.iter_mut().enumerate() {
+            *d = *d * factor - s.of::<SOFT, WEIGHTED>(c) * inverse;
+        }
+    }
+}
+
 impl SoftmaxCe {
+    /// A row without the focal factor; `d` holds the exponentials.
+    fn plain_row<const SOFT: bool, const WEIGHTED: bool>(
+        z: &[f32],
+        s: Shares,
+        label: Option<usize>,
+        (lse, sum, inverse): (f64, f32, f32),
+        d: &mut [f32],
+    ) -> f64 {
+        let (mut loss, mut total) = shared_loss::<SOFT, WEIGHTED>(s, z, lse as f32);
+        let own = label.map_or(0.0, |l| s.keep * if WEIGHTED { s.weights[l] } else { 1.0 });
+        if let Some(l) = label.filter(|_| own != 0.0) {
+            loss += f64::from(own) * (lse - f64::from(z[l]));
+            total += f64::from(own);
+        }
+        let factor = (total / f64::from(sum)) as f32 * inverse;
+        shared_gradient::<SOFT, WEIGHTED>(s, factor, inverse, d);
+        if let Some(l) = label {
+            d[l] -= own * inverse;
+        }
+        loss
+    }
+
     /// `-sum q f(p)` of one row, and its gradient times `inverse` in `d`.
     fn row(
         &self,
@@ -92,6 +164,25 @@ impl SoftmaxCe {
             scale(d, w * inverse / sum);
             d[label] -= w * inverse;
             return f64::from(w) * (lse - f64::from(z[label]));
+        }
+        if self.focal == 0.0 {
+            let (soft, label) = match t {
+                Target::Label(l) => (&[][..], Some(l)),
+                Target::Soft(t) => (t, None),
+            };
+            let s = Shares {
+                soft,
+                weights: weights.unwrap_or(&[]),
+                keep: 1.0 - self.smoothing,
+                spread,
+            };
+            let k = (lse, sum, inverse);
+            return match (label, weights) {
+                (Some(_), None) => Self::plain_row::<false, false>(z, s, label, k, d),
+                (Some(_), Some(_)) => Self::plain_row::<false, true>(z, s, label, k, d),
+                (None, None) => Self::plain_row::<true, false>(z, s, label, k, d),
+                (None, Some(_)) => Self::plain_row::<true, true>(z, s, label, k, d),
+            };
         }
         // a[c] = q p f'(p): dloss/dz[j] = p[j] sum(a) - a[j].
         let (mut loss, mut total) = (0f64, 0f64);
@@ -170,7 +261,7 @@ impl Op for SoftmaxCe {
             self.smoothing
         );
         ensure!(
-            self.focal >= 0.0,
+            (0.0..=f32::MAX).contains(&self.focal),
             "has focal exponent {}; it must be at least 0",
             self.focal
         );
@@ -387,6 +478,7 @@ pub const ROOM: Room = Room {
         "n=128,c=10",
         "n=128,c=100,smoothing=0.1",
         "n=33,c=1000,soft=1",
+        "n=9,c=37,soft=1,weighted=1",
     ],
     bench: &["n=128,c=10", "n=128,c=1000,smoothing=0.1"],
     refused: &["n=0", "smoothing=1.5", "focal=-1"],
