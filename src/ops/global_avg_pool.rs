@@ -2,6 +2,7 @@
 
 use super::{Case, Cost, Host, Op, Room, traffic};
 use crate::backend::cpu::{CpuCx, CpuKernel, par};
+use crate::backend::wgpu::{Arg, WgpuCx};
 use crate::graph::autodiff::{Backward, Fwd};
 use crate::graph::{Graph, Spec, Tid};
 use crate::{Result, ensure, multiversion, op_common};
@@ -75,6 +76,11 @@ impl Op for GlobalAvgPool {
             });
         }))
     }
+
+    fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
+        let (n, c, len) = (cx.y[0].rows(), cx.y[0].channels(), cx.x[0].len());
+        average(cx, "average", n, c, len)
+    }
 }
 
 /// `dx[n, .., c] = dy[n, c] / pixels`. Operand: dy `[N, C]`. Result: dx `[N, middle.., C]`.
@@ -120,6 +126,38 @@ impl Op for GlobalAvgPoolBwd {
             });
         }))
     }
+
+    fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
+        let (n, c, len) = (cx.x[0].rows(), cx.x[0].channels(), cx.y[0].len());
+        average(cx, "average_bwd", n, c, len)
+    }
+}
+
+/// Forward or backward between `[images, c]` and the `len` elements of all pixels.
+fn average(
+    cx: &mut WgpuCx,
+    entry: &'static str,
+    images: usize,
+    c: usize,
+    len: usize,
+) -> Result<()> {
+    let wide = len / images;
+    let pixels = wide / c;
+    let (from, to) = if entry == "average" {
+        (wide, c)
+    } else {
+        (c, wide)
+    };
+    let scale = 1.0 / pixels as f32;
+    let mut params = [0; 10];
+    params[0] = pixels as u32;
+    params[2] = c as u32;
+    params[9] = scale.to_bits();
+    for cut in cx.cuts(images, &[from, to])? {
+        let args = [cut.of(Arg::In(0), from), cut.of(Arg::Out(0), to)];
+        cx.items(("pool.wgsl", entry), &[], cut.rows * to, &args, &params)?;
+    }
+    Ok(())
 }
 
 impl Graph {

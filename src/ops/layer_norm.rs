@@ -3,6 +3,7 @@
 
 use super::{Case, Cost, Fill, Host, Op, Room, traffic};
 use crate::backend::cpu::{CpuCx, CpuKernel, par};
+use crate::backend::wgpu::{Arg, Launch, WgpuCx, column_parts, fold};
 use crate::graph::autodiff::{Backward, Fwd};
 use crate::graph::{Graph, Init, Layout, Spec, Tid};
 use crate::{Result, ensure, multiversion, op_common};
@@ -100,6 +101,22 @@ impl Op for LayerNorm {
                 );
             });
         }))
+    }
+
+    fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
+        let (rows, c) = (cx.x[0].rows(), cx.x[0].channels());
+        for cut in cx.cuts(rows, &[c, 1])? {
+            let args = [
+                cut.of(Arg::In(0), c),
+                Arg::In(1),
+                Arg::In(2),
+                cut.of(Arg::Out(0), c),
+                cut.of(Arg::Out(1), 1),
+                cut.of(Arg::Out(2), 1),
+            ];
+            launch_rows(cx, "forward", cut.rows, c, self.eps, 0, &args)?;
+        }
+        Ok(())
     }
 }
 
@@ -244,6 +261,80 @@ impl Op for LayerNormBwd {
             a.y(2).copy_from_slice(&sums[c..]);
         }))
     }
+
+    fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
+        let (rows, c) = (cx.x[1].rows(), cx.x[1].channels());
+        let (width, consts) = item(c);
+        let items = c / width;
+        let cuts = cx.cuts(rows, &[c, 1])?;
+        let parts: usize = cuts.iter().map(|k| column_parts(k.rows, items)).sum();
+        let part_gamma = Arg::Work(cx.workspace(parts * c));
+        let part_beta = Arg::Work(cx.workspace(parts * c));
+        let mut part0 = 0;
+        for cut in cuts {
+            let (dy, x) = (cut.of(Arg::In(0), c), cut.of(Arg::In(1), c));
+            let (mean, rstd) = (cut.of(Arg::In(2), 1), cut.of(Arg::In(3), 1));
+            let old = cut.of(Arg::In(if self.addend { 5 } else { 0 }), c);
+            let args = [dy, x, mean, rstd, Arg::In(4), old, cut.of(Arg::Out(0), c)];
+            let flags = u32::from(self.addend);
+            launch_rows(cx, "backward", cut.rows, c, 0.0, flags, &args)?;
+            let parts = column_parts(cut.rows, items);
+            let groups = fold(parts * items, 64);
+            cx.launch(Launch {
+                shader: "layer_norm.wgsl",
+                entry: "bwd_sums",
+                consts: consts.clone(),
+                args: vec![dy, x, mean, rstd, part_gamma, part_beta],
+                params: params([cut.rows, groups[0] as usize, c, parts], 0.0, 0, part0),
+                groups,
+            })?;
+            part0 += parts;
+        }
+        cx.sum_parts(part_gamma, Arg::Out(1), parts, c, c)?;
+        cx.sum_parts(part_beta, Arg::Out(2), parts, c, c)
+    }
+}
+
+/// Channels per item of the shader, and its constants for that.
+fn item(c: usize) -> (usize, Vec<(&'static str, String)>) {
+    if c.is_multiple_of(4) {
+        return (4, vec![]);
+    }
+    (1, vec![("T", "f32".into()), ("WIDTH", "1".into())])
+}
+
+fn params([rows, groups_x, c, parts]: [usize; 4], eps: f32, flags: u32, part0: usize) -> Vec<u32> {
+    let items = c / item(c).0;
+    let sizes = [rows, groups_x, items, parts].map(|v| v as u32);
+    let rest = [(c as f32).to_bits(), eps.to_bits(), flags, part0 as u32];
+    [sizes, rest].concat()
+}
+
+/// A launch over rows: one row per invocation on software adapters, where barriers are dear, else one per workgroup.
+fn launch_rows(
+    cx: &mut WgpuCx,
+    entry: &'static str,
+    rows: usize,
+    c: usize,
+    eps: f32,
+    flags: u32,
+    args: &[Arg],
+) -> Result<()> {
+    let (_, mut consts) = item(c);
+    let mut per_group = 64;
+    if !cx.traits.software {
+        per_group = 1;
+        consts.push(("GROUP", "64".into()));
+    }
+    let groups = fold(rows, per_group);
+    cx.launch(Launch {
+        shader: "layer_norm.wgsl",
+        entry,
+        consts,
+        args: args.to_vec(),
+        params: params([rows, groups[0] as usize, c, 0], eps, flags, 0),
+        groups,
+    })
 }
 
 multiversion! {

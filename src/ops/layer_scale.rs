@@ -3,6 +3,7 @@
 
 use super::{Case, Cost, Host, Op, Room, traffic};
 use crate::backend::cpu::{CpuCx, CpuKernel, par};
+use crate::backend::wgpu::{Arg, WgpuCx, column_parts};
 use crate::graph::autodiff::{Backward, Fwd};
 use crate::graph::{Graph, Spec, Tid};
 use crate::{Result, ensure, multiversion, op_common};
@@ -79,6 +80,12 @@ impl Op for LayerScale {
             });
         }))
     }
+
+    fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
+        let old = self.residual.then_some(Arg::In(2));
+        let (rows, c) = (cx.x[0].rows(), cx.x[0].channels());
+        scale(cx, Arg::In(0), Arg::In(1), old, rows, c)
+    }
 }
 
 multiversion! {
@@ -153,6 +160,47 @@ impl Op for LayerScaleBwd {
             });
         }))
     }
+
+    fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
+        let (rows, c) = (cx.x[1].rows(), cx.x[1].channels());
+        scale(cx, Arg::In(0), Arg::In(2), None, rows, c)?;
+        let (width, consts) = item(c);
+        let items = c / width;
+        let cuts = cx.cuts(rows, &[c])?;
+        let parts: usize = cuts.iter().map(|k| column_parts(k.rows, items)).sum();
+        let work = Arg::Work(cx.workspace(parts * c));
+        let mut part0 = 0;
+        for cut in cuts {
+            let parts = column_parts(cut.rows, items);
+            let (dy, x) = (cut.of(Arg::In(0), c), cut.of(Arg::In(1), c));
+            let params = [items, 0, cut.rows, parts, part0].map(|v| v as u32);
+            let n = parts * items;
+            let args = [dy, x, x, work];
+            cx.items(("layer_scale.wgsl", "bwd_sums"), &consts, n, &args, &params)?;
+            part0 += parts;
+        }
+        cx.sum_parts(work, Arg::Out(1), parts, c, c)
+    }
+}
+
+fn item(c: usize) -> (usize, Vec<(&'static str, String)>) {
+    if c.is_multiple_of(4) {
+        return (4, vec![]);
+    }
+    (1, vec![("T", "f32".into())])
+}
+
+/// Result 0 is `x * g`, plus `old` where there is one.
+fn scale(cx: &mut WgpuCx, x: Arg, g: Arg, old: Option<Arg>, rows: usize, c: usize) -> Result<()> {
+    let (width, consts) = item(c);
+    for cut in cx.cuts(rows, &[c])? {
+        let y = cut.of(Arg::Out(0), c);
+        let args = [cut.of(x, c), g, old.map_or(y, |o| cut.of(o, c)), y];
+        let params = [(c / width) as u32, u32::from(old.is_some()), 0, 0, 0];
+        let n = cut.rows * c / width;
+        cx.items(("layer_scale.wgsl", "scale"), &consts, n, &args, &params)?;
+    }
+    Ok(())
 }
 
 multiversion! {

@@ -3,6 +3,7 @@
 
 use super::{Case, Cost, Fill, Host, Op, Room, traffic};
 use crate::backend::cpu::{CpuCx, CpuKernel, par};
+use crate::backend::wgpu::{Arg, WgpuCx};
 use crate::graph::autodiff::{Backward, Fwd};
 use crate::graph::{Graph, Spec, Tid};
 use crate::{Result, ensure, multiversion, op_common};
@@ -20,6 +21,12 @@ pub struct Window {
 }
 
 impl Window {
+    /// Parameters of shaders/pool.wgsl after the number of items and groups, for `[h, w, c]` pixels.
+    fn params(&self, [h, w, c]: [usize; 3], [oh, ow]: [usize; 2]) -> [u32; 10] {
+        let sizes = [h, w, c, oh, ow, self.kernel, self.stride, self.pad, 0, 0];
+        sizes.map(|v| v as u32)
+    }
+
     /// Windows along an axis of `n` pixels.
     fn count(&self, n: usize) -> usize {
         (n + 2 * self.pad - self.kernel) / self.stride + 1
@@ -185,6 +192,19 @@ impl Op for MaxPool {
             });
         }))
     }
+
+    fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
+        let (x, y) = (&cx.x[0].shape, &cx.y[0].shape);
+        let (from, to) = (x[1..].iter().product(), y[1..].iter().product());
+        let params = self.window.params([x[1], x[2], x[3]], [y[1], y[2]]);
+        for cut in cx.cuts(x[0], &[from, to])? {
+            let (y, arg) = (cut.of(Arg::Out(0), to), cut.of(Arg::Out(1), to));
+            let args = [cut.of(Arg::In(0), from), y, arg];
+            let n = cut.rows * to;
+            cx.items(("pool.wgsl", "max_pool"), &[], n, &args, &params)?;
+        }
+        Ok(())
+    }
 }
 
 /// `dx[p] = sum of dy over the windows whose argmax is p`: a gather, so that overlapping windows need no atomics.
@@ -254,6 +274,19 @@ impl Op for MaxPoolBwd {
                 }
             });
         }))
+    }
+
+    fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
+        let (dy, dx) = (&cx.x[0].shape, &cx.y[0].shape);
+        let (from, to) = (dy[1..].iter().product(), dx[1..].iter().product());
+        let params = self.window.params([dx[1], dx[2], dx[3]], [dy[1], dy[2]]);
+        for cut in cx.cuts(dx[0], &[from, to])? {
+            let (dy, arg) = (cut.of(Arg::In(0), from), cut.of(Arg::In(1), from));
+            let args = [dy, cut.of(Arg::Out(0), to), arg];
+            let n = cut.rows * to;
+            cx.items(("pool.wgsl", "max_pool_bwd"), &[], n, &args, &params)?;
+        }
+        Ok(())
     }
 }
 

@@ -7,6 +7,7 @@
 
 use super::{Case, Cost, Fill, Host, Op, Room, traffic};
 use crate::backend::cpu::{CpuCx, CpuKernel, par};
+use crate::backend::wgpu::{Arg, WgpuCx};
 use crate::graph::autodiff::{Backward, Fwd};
 use crate::graph::{DType, Graph, Spec, Tid};
 use crate::philox::{philox4x32, unit};
@@ -75,6 +76,22 @@ impl Op for Dropout {
                 mask(&x[at..at + y.len()], at / 4, id, rng, p, y);
             });
         }))
+    }
+
+    fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
+        let n = cx.y[0].len();
+        let (width, entry) = if n.is_multiple_of(4) {
+            (4, "dropout4")
+        } else {
+            (1, "dropout1")
+        };
+        for cut in cx.cuts(n, &[1])? {
+            let args = [cut.of(Arg::In(0), 1), Arg::In(1), cut.of(Arg::Out(0), 1)];
+            let params = mask_params(self.id, self.p, cut.first / 4, 1, false);
+            let n = cut.rows / width;
+            cx.items(("random.wgsl", entry), &[], n, &args, &params)?;
+        }
+        Ok(())
     }
 }
 
@@ -187,6 +204,37 @@ impl Op for DropPath {
             });
         }))
     }
+
+    fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
+        let samples = cx.x[0].shape[0];
+        let width = cx.x[0].len() / samples;
+        for cut in cx.cuts(samples, &[width])? {
+            let y = cut.of(Arg::Out(0), width);
+            let old = if self.residual {
+                cut.of(Arg::In(2), width)
+            } else {
+                y
+            };
+            let args = [cut.of(Arg::In(0), width), Arg::In(1), y, old];
+            let params = mask_params(self.id, self.p, cut.first, width, self.residual);
+            let n = cut.rows * width;
+            cx.items(("random.wgsl", "drop_path"), &[], n, &args, &params)?;
+        }
+        Ok(())
+    }
+}
+
+/// The shader's parameters after the number of items and groups.
+fn mask_params(id: u32, p: f32, first: usize, width: usize, residual: bool) -> [u32; 6] {
+    let scale = 1.0 / (1.0 - p);
+    [
+        id,
+        p.to_bits(),
+        scale.to_bits(),
+        first as u32,
+        width as u32,
+        u32::from(residual),
+    ]
 }
 
 impl Graph {

@@ -2,6 +2,7 @@
 
 use super::{Case, Host, Op, Room};
 use crate::backend::cpu::{CpuCx, CpuKernel, par};
+use crate::backend::wgpu::{Arg, WgpuCx};
 use crate::graph::autodiff::{Backward, Fwd};
 use crate::graph::{Graph, Spec, Tid};
 use crate::{Result, ensure, op_common};
@@ -91,6 +92,10 @@ impl Op for Subsample {
             });
         }))
     }
+
+    fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
+        launch(cx, "subsample", self.stride, &cx.x[0].shape, &cx.y[0].shape)
+    }
 }
 
 impl Op for SubsampleBwd {
@@ -147,6 +152,39 @@ impl Op for SubsampleBwd {
             });
         }))
     }
+
+    fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
+        launch(
+            cx,
+            "subsample_bwd",
+            self.stride,
+            &cx.y[0].shape,
+            &cx.x[0].shape,
+        )
+    }
+}
+
+/// Forward or backward between the full shape and the subsampled one.
+fn launch(
+    cx: &mut WgpuCx,
+    entry: &'static str,
+    stride: usize,
+    full: &[usize],
+    sub: &[usize],
+) -> Result<()> {
+    let (from, to) = (
+        cx.x[0].len() / cx.x[0].shape[0],
+        cx.y[0].len() / cx.y[0].shape[0],
+    );
+    let sizes = [
+        full[1], full[2], full[3], sub[1], sub[2], 0, stride, 0, sub[3], 0,
+    ];
+    let params = sizes.map(|v| v as u32);
+    for cut in cx.cuts(full[0], &[from, to])? {
+        let args = [cut.of(Arg::In(0), from), cut.of(Arg::Out(0), to)];
+        cx.items(("pool.wgsl", entry), &[], cut.rows * to, &args, &params)?;
+    }
+    Ok(())
 }
 
 impl Graph {

@@ -179,6 +179,76 @@ impl<'a> WgpuCx<'a> {
         Ok(())
     }
 
+    /// [`chunks`](Self::chunks) as [`Cut`]s.
+    ///
+    /// # Errors
+    /// As `chunks`.
+    pub fn cuts(&self, rows: usize, widths: &[usize]) -> Result<Vec<Cut>> {
+        let chunks = self.chunks(rows, widths)?;
+        let whole = chunks.len() == 1;
+        Ok(chunks
+            .into_iter()
+            .map(|(first, rows)| Cut { first, rows, whole })
+            .collect())
+    }
+
+    /// Records one launch of 64 invocations a group over `n` items; the parameters are `n`, the groups in x, `params`.
+    ///
+    /// # Errors
+    /// As [`launch`](Self::launch).
+    pub fn items(
+        &mut self,
+        (shader, entry): (&'static str, &'static str),
+        consts: &[(&'static str, String)],
+        n: usize,
+        args: &[Arg],
+        params: &[u32],
+    ) -> Result<()> {
+        let groups = fold(n, 64);
+        let mut all = vec![n as u32, groups[0]];
+        all.extend_from_slice(params);
+        self.launch(Launch {
+            shader,
+            entry,
+            consts: consts.to_vec(),
+            args: args.to_vec(),
+            params: all,
+            groups,
+        })
+    }
+
+    /// `y[i] = sum over parts of x[part, i]`, in order; `x` has `stride` elements a part.
+    ///
+    /// # Errors
+    /// As [`launch`](Self::launch).
+    pub fn sum_parts(
+        &mut self,
+        x: Arg,
+        y: Arg,
+        parts: usize,
+        stride: usize,
+        n: usize,
+    ) -> Result<()> {
+        self.sum_padded(x, y, parts, stride, n, (n, n))
+    }
+
+    /// [`sum_parts`](Self::sum_parts) where rows of `x` are padded from `inner.0` to `inner.1` elements.
+    ///
+    /// # Errors
+    /// As [`launch`](Self::launch).
+    pub fn sum_padded(
+        &mut self,
+        x: Arg,
+        y: Arg,
+        parts: usize,
+        stride: usize,
+        n: usize,
+        inner: (usize, usize),
+    ) -> Result<()> {
+        let params = [parts, stride, inner.0, inner.1, 0, 0].map(|v| v as u32);
+        self.items(("reduce.wgsl", "sum_parts"), &[], n, &[x, y], &params)
+    }
+
     /// Records a map over tensors of `n` elements each: one invocation per four elements (one where `n` is odd). The
     /// entry's parameters begin with the number of items and the groups in x; `params` follow.
     ///
@@ -258,6 +328,33 @@ impl<'a> WgpuCx<'a> {
             .map(|r| (r, most.min(rows - r)))
             .collect())
     }
+}
+
+/// A run of rows that one launch of several works on; see [`WgpuCx::cuts`].
+#[derive(Clone, Copy, Debug)]
+pub struct Cut {
+    /// First row.
+    pub first: usize,
+    /// Rows.
+    pub rows: usize,
+    whole: bool,
+}
+
+impl Cut {
+    /// This run's part of a tensor with `width` elements a row.
+    pub fn of(&self, arg: Arg, width: usize) -> Arg {
+        if self.whole {
+            arg
+        } else {
+            arg.part(self.first * width, self.rows * width)
+        }
+    }
+}
+
+/// Interleaved partial sums down columns of `items` each: enough invocations to fill a GPU, few enough for a CPU to
+/// add the parts.
+pub fn column_parts(rows: usize, items: usize) -> usize {
+    (4096 / items).clamp(1, rows.min(256))
 }
 
 /// The constants of a shader that is generic over items of 1 or 4 floats.

@@ -9,7 +9,7 @@ pub mod shaders;
 
 pub use device::{AdapterReport, AdapterTraits, WgpuDevice, WgpuOptions, adapters};
 pub use exec::Wgpu;
-pub use launch::{Arg, Launch, WgpuCx, WorkId, fold};
+pub use launch::{Arg, Cut, Launch, WgpuCx, WorkId, column_parts, fold, item_types};
 pub use program::{Place, PlacedLaunch, Program};
 
 use super::Backend;

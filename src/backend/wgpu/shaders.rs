@@ -16,13 +16,20 @@ macro_rules! embedded {
 
 /// Every file of `shaders/`, as built into the program.
 pub const EMBEDDED: &[(&str, &str)] = embedded![
+    "batch_norm.wgsl",
     "elementwise.wgsl",
     "fill.wgsl",
     "gemm.wgsl",
     "gemm_lanes.wgsl",
     "gemm_tile.wgsl",
+    "layer_norm.wgsl",
+    "layer_scale.wgsl",
     "math.wgsl",
-    "reduce.wgsl"
+    "philox.wgsl",
+    "pool.wgsl",
+    "random.wgsl",
+    "reduce.wgsl",
+    "tokens.wgsl"
 ];
 
 /// Where sources come from.

@@ -1,8 +1,9 @@
 //! Batch norm with running statistics: a per-channel affine map.
 
 use super::cpu::{self, Cut, Grads, Norm};
-use super::{RefBwd, check_vectors, finish, infer_bwd, mask_of, operands, same_shape};
+use super::{RefBwd, check_vectors, finish, infer_bwd, mask_of, operands, same_shape, wgpu};
 use crate::backend::cpu::{CpuCx, CpuKernel};
+use crate::backend::wgpu::{Arg, WgpuCx};
 use crate::graph::Spec;
 use crate::graph::autodiff::{Backward, Fwd};
 use crate::ops::{Case, Cost, Host, Op, Room, traffic};
@@ -102,6 +103,14 @@ impl Op for BatchNormEval {
             cpu::normalize(&cut, a.x(0), norm, add, op.relu, a.y(0), scratch);
         }))
     }
+
+    fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
+        let columns = wgpu::Columns::new(cx.x[0].rows(), cx.x[0].channels(), false, self.eps);
+        let vectors = [Arg::In(3), Arg::In(4), Arg::In(1), Arg::In(2)];
+        let coef = columns.prepare(cx, vectors, wgpu::VARIANCE + wgpu::BETA)?;
+        let residual = self.residual.then_some(Arg::In(5));
+        columns.normalize(cx, coef, residual, self.relu)
+    }
 }
 
 /// Gradients of [`BatchNormEval`].
@@ -173,6 +182,12 @@ impl Op for BatchNormEvalBwd {
             };
             cpu::backward(&cut, a.x(0), a.x(1), norm, mask, out, scratch);
         }))
+    }
+
+    fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
+        let columns = wgpu::Columns::new(cx.x[1].rows(), cx.x[1].channels(), false, self.eps);
+        let fused = (self.relu, self.residual, self.dresidual);
+        columns.backward(cx, fused, wgpu::VARIANCE)
     }
 }
 

@@ -5,9 +5,11 @@
 mod cpu;
 pub mod eval;
 pub mod fold;
+mod wgpu;
 
 use super::{Case, Cost, Fill, Host, Op, Room, traffic};
 use crate::backend::cpu::{CpuCx, CpuKernel};
+use crate::backend::wgpu::{Arg, WgpuCx};
 use crate::graph::autodiff::{Backward, Fwd};
 use crate::graph::{Graph, Init, Layout, Spec, Tid};
 use crate::{Result, ensure, op_common};
@@ -165,6 +167,16 @@ impl Op for BatchNormTrain {
             cpu::normalize(&cut, a.x(0), norm, add, op.relu, a.y(0), a.work());
         }))
     }
+
+    fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
+        let columns = wgpu::Columns::new(cx.x[0].rows(), cx.x[0].channels(), true, self.eps);
+        let results = [Arg::Out(1), Arg::Out(2), Arg::Out(3), Arg::Out(4)];
+        columns.statistics(cx, Arg::In(0), results, self.momentum)?;
+        let vectors = [Arg::Out(1), Arg::Out(2), Arg::In(1), Arg::In(2)];
+        let coef = columns.prepare(cx, vectors, wgpu::BETA)?;
+        let residual = self.residual.then_some(Arg::In(5));
+        columns.normalize(cx, coef, residual, self.relu)
+    }
 }
 
 /// Gradients of [`BatchNormTrain`].
@@ -316,6 +328,11 @@ impl Op for BatchNormTrainBwd {
             };
             cpu::backward(&cut, a.x(0), a.x(1), norm, mask, out, a.work());
         }))
+    }
+
+    fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
+        let columns = wgpu::Columns::new(cx.x[1].rows(), cx.x[1].channels(), true, 0.0);
+        columns.backward(cx, (self.relu, self.residual, self.dresidual), 0)
     }
 }
 

@@ -397,8 +397,7 @@ pub fn wgrad(cx: &mut WgpuCx, s: &ConvShape, x: Arg, dy: Arg, dw: Arg) -> Result
     if direct {
         return Ok(());
     }
-    sum_parts(
-        cx,
+    cx.sum_padded(
         out,
         dw,
         parts,
@@ -406,28 +405,6 @@ pub fn wgrad(cx: &mut WgpuCx, s: &ConvShape, x: Arg, dy: Arg, dw: Arg) -> Result
         real.weight_len(),
         (real.cg(), s.cg()),
     )
-}
-
-/// `y[i] = sum over parts of x[part, i]`, `x` with rows padded from `inner.0` to `inner.1`.
-fn sum_parts(
-    cx: &mut WgpuCx,
-    x: Arg,
-    y: Arg,
-    parts: usize,
-    stride: usize,
-    n: usize,
-    inner: (usize, usize),
-) -> Result<()> {
-    let groups = fold(n, 64);
-    let params = [n, groups[0] as usize, parts, stride, inner.0, inner.1, 0, 0];
-    cx.launch(Launch {
-        shader: "reduce.wgsl",
-        entry: "sum_parts",
-        consts: vec![],
-        args: vec![x, y],
-        params: params.map(|v| v as u32).to_vec(),
-        groups,
-    })
 }
 
 /// Sums of the columns of `x` `[rows, columns]` (a bias's gradient): parts of the rows first, then the parts in order.
@@ -454,5 +431,5 @@ pub fn column_sums(cx: &mut WgpuCx, x: Arg, y: Arg, rows: usize, columns: usize)
         })?;
         part0 += here;
     }
-    sum_parts(cx, work, y, parts, columns, columns, (columns, columns))
+    cx.sum_parts(work, y, parts, columns, columns)
 }

@@ -5,6 +5,7 @@ pub mod interpolate;
 
 use super::{Case, Cost, Host, Op, Room, traffic};
 use crate::backend::cpu::{CpuCx, CpuKernel, par};
+use crate::backend::wgpu::{Arg, WgpuCx};
 use crate::graph::autodiff::{Backward, Fwd};
 use crate::graph::{Graph, Spec, Tid};
 use crate::{Result, ensure, op_common};
@@ -103,6 +104,20 @@ impl Op for TokenEmbed {
             });
         }))
     }
+
+    fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
+        let first = usize::from(self.cls);
+        let [n, p, c] = [cx.x[0].shape[0], cx.x[0].shape[1], cx.x[0].shape[2]];
+        let t = p + first;
+        let params = [p, t, c, first, 0].map(|v| v as u32);
+        for cut in cx.cuts(n, &[p * c, t * c])? {
+            let (x, y) = (cut.of(Arg::In(0), p * c), cut.of(Arg::Out(0), t * c));
+            let args = [x, y, Arg::In(1 + first), Arg::In(1)];
+            let n = cut.rows * t * c;
+            cx.items(("tokens.wgsl", "embed"), &[], n, &args, &params)?;
+        }
+        Ok(())
+    }
 }
 
 fn add(a: &[f32], b: &[f32], y: &mut [f32]) {
@@ -182,6 +197,22 @@ impl Op for TokenEmbedBwd {
             }
         }))
     }
+
+    fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
+        let first = usize::from(self.cls);
+        let [n, t, c] = [cx.x[0].shape[0], cx.x[0].shape[1], cx.x[0].shape[2]];
+        let p = t - first;
+        let params = [p, t, c, first, 0].map(|v| v as u32);
+        for cut in cx.cuts(n, &[p * c, t * c])? {
+            let args = [cut.of(Arg::In(0), t * c), cut.of(Arg::Out(0), p * c)];
+            let n = cut.rows * p * c;
+            cx.items(("tokens.wgsl", "patches"), &[], n, &args, &params)?;
+        }
+        if self.cls {
+            cx.sum_parts(Arg::In(0), Arg::Out(1), n, t * c, c)?;
+        }
+        cx.sum_parts(Arg::In(0), Arg::Out(1 + first), n, t * c, t * c)
+    }
 }
 
 /// `y[n] = x[n, index]`: x `[N, T, C]` to `[N, C]`.
@@ -240,6 +271,11 @@ impl Op for SelectToken {
             });
         }))
     }
+
+    fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
+        let [n, t, c] = [cx.x[0].shape[0], cx.x[0].shape[1], cx.x[0].shape[2]];
+        pick(cx, "pick", n, [t * c, c], [t, c, self.index])
+    }
 }
 
 /// The gradient of [`SelectToken`]: dy `[N, C]` to dx `[N, tokens, C]`, zero but for one token.
@@ -289,6 +325,28 @@ impl Op for SelectTokenBwd {
             });
         }))
     }
+
+    fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
+        let (n, c) = (cx.x[0].rows(), cx.x[0].channels());
+        let sizes = [self.tokens, c, self.index];
+        pick(cx, "pick_bwd", n, [c, self.tokens * c], sizes)
+    }
+}
+
+/// Forward or backward of [`SelectToken`]; `from` and `to` are the elements per image of operand and result.
+fn pick(
+    cx: &mut WgpuCx,
+    entry: &'static str,
+    images: usize,
+    [from, to]: [usize; 2],
+    [t, c, index]: [usize; 3],
+) -> Result<()> {
+    let params = [0, t, c, 0, index].map(|v| v as u32);
+    for cut in cx.cuts(images, &[from, to])? {
+        let args = [cut.of(Arg::In(0), from), cut.of(Arg::Out(0), to)];
+        cx.items(("tokens.wgsl", entry), &[], cut.rows * to, &args, &params)?;
+    }
+    Ok(())
 }
 
 impl Graph {
