@@ -2,8 +2,9 @@
 
 use super::{Case, Cost, Fill, Host, Op, Room, traffic};
 use crate::backend::cpu::{CpuCx, CpuKernel, par};
+use crate::backend::wgpu::{Arg, WgpuCx};
 use crate::graph::{Graph, Spec, Tid};
-use crate::{Result, ensure, op_common};
+use crate::{Error, Result, ensure, op_common};
 
 /// Resamples each image along its own affine map: output pixel (x, y) takes the value at
 /// `(m0 x + m1 y + m2, m3 x + m4 y + m5)` = (column, row) of the input, pixel centres at integers.
@@ -196,6 +197,22 @@ impl Op for AffineSample {
             3 => kernel::<3>(shape, bilinear),
             _ => kernel::<0>(shape, bilinear),
         })
+    }
+
+    fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
+        let &[n, h, w, c] = &cx.x[0].shape[..] else {
+            return Err(Error::run("affine_sample without four extents"));
+        };
+        let image = h * w * c;
+        let bilinear = usize::from(self.bilinear);
+        let params = [h, w, c, bilinear].map(|v| v as u32);
+        for cut in cx.cuts(n, &[image, 6])? {
+            let (x, y) = (cut.of(Arg::In(0), image), cut.of(Arg::Out(0), image));
+            let args = [x, cut.of(Arg::In(1), 6), Arg::In(2), y];
+            let n = cut.rows * image;
+            cx.items(("augment.wgsl", "affine"), &[], n, &args, &params)?;
+        }
+        Ok(())
     }
 }
 

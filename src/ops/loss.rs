@@ -6,6 +6,7 @@ use super::act::exp_f32;
 use super::{Case, Cost, Fill, Host, Op, Room, traffic};
 use crate::backend::cpu::par::SharedMut;
 use crate::backend::cpu::{CpuCx, CpuKernel, par};
+use crate::backend::wgpu::{Arg, Launch, WgpuCx, fold};
 use crate::graph::autodiff::{Backward, Fwd};
 use crate::graph::{DType, Graph, Spec, Tid};
 use crate::{Result, ensure, multiversion, op_common};
@@ -386,6 +387,49 @@ impl Op for SoftmaxCe {
             a.y(0)[0] = (sum / denominator) as f32;
         }))
     }
+
+    fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
+        let (rows, classes) = (cx.x[0].rows(), cx.x[0].channels());
+        let soft = cx.x[1].dtype == DType::F32;
+        let losses = Arg::Work(cx.workspace(rows));
+        let denominator = Arg::Work(cx.workspace(1));
+        let weights = Arg::In(if self.weighted { 2 } else { 0 });
+        let flags = u32::from(soft) + 2 * u32::from(self.weighted);
+        let mut one = |cx: &mut WgpuCx, entry, z, targets, dz, rows: usize, first, per_group| {
+            let groups = fold(rows.div_ceil(per_group), 1);
+            cx.launch(Launch {
+                shader: "loss.wgsl",
+                entry,
+                consts: vec![],
+                args: vec![z, targets, weights, Arg::Out(0), dz, losses, denominator],
+                params: vec![
+                    rows as u32,
+                    groups[0],
+                    classes as u32,
+                    flags,
+                    self.smoothing.to_bits(),
+                    self.focal.to_bits(),
+                    f32::NAN.to_bits(),
+                    first,
+                ],
+                groups,
+            })
+        };
+        let (z, targets, dz) = (Arg::In(0), Arg::In(1), Arg::Out(1));
+        let (count, row) = if soft {
+            ("count_rows", "rows_soft")
+        } else {
+            ("count_labels", "rows_labels")
+        };
+        one(cx, count, z, targets, dz, rows, 0, rows)?;
+        let width = if soft { classes } else { 1 };
+        for cut in cx.cuts(rows, &[classes, width])? {
+            let (z, dz) = (cut.of(z, classes), cut.of(dz, classes));
+            let (targets, first) = (cut.of(targets, width), cut.first as u32);
+            one(cx, row, z, targets, dz, cut.rows, first, 8)?;
+        }
+        one(cx, "total", z, targets, dz, rows, 0, rows)
+    }
 }
 
 /// `y = x * s[0]`. Operands: x of any shape, s `[1]`.
@@ -412,6 +456,15 @@ impl Op for ScaleBy {
             let s = a.x(1)[0];
             par::map(a.x(0), a.y(0), |v| v * s);
         }))
+    }
+
+    fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
+        for cut in cx.cuts(cx.x[0].len(), &[1])? {
+            let (x, y) = (cut.of(Arg::In(0), 1), cut.of(Arg::Out(0), 1));
+            let args = [x, x, Arg::In(1), x, y, x, x];
+            cx.items(("loss.wgsl", "scale_by"), &[], cut.rows, &args, &[])?;
+        }
+        Ok(())
     }
 }
 

@@ -4,6 +4,7 @@
 use super::{Case, Cost, Fill, Host, Op, Room, traffic};
 use crate::backend::cpu::par::SharedMut;
 use crate::backend::cpu::{CpuCx, CpuKernel, par};
+use crate::backend::wgpu::{Arg, Launch, WgpuCx, fold};
 use crate::graph::{DType, Spec};
 use crate::{Result, ensure, multiversion, op_common};
 
@@ -172,6 +173,28 @@ impl Op for AdamW {
             });
         }))
     }
+
+    fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
+        let flags = u32::from(self.clip) + 2 * u32::from(self.decoupled);
+        let floats = [
+            self.lr_scale,
+            self.weight_decay,
+            1.0 - self.beta1,
+            self.beta2,
+            1.0 - self.beta2,
+            self.eps,
+            0.0,
+        ];
+        let hyper = [Arg::In(4), Arg::In(if self.clip { 5 } else { 4 })];
+        update(
+            cx,
+            "adamw",
+            flags,
+            floats,
+            hyper,
+            &[Arg::Out(1), Arg::Out(2)],
+        )
+    }
 }
 
 /// SGD as `torch.optim.SGD` computes it: `g += decay p`; `b = momentum b + g`; `p -= lr b`, or with Nesterov's momentum
@@ -296,6 +319,55 @@ impl Op for Sgd {
             }
         }))
     }
+
+    fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
+        let flags = u32::from(self.clip) + 2 * u32::from(self.nesterov);
+        let at = self.slabs();
+        let floats = [
+            self.lr_scale,
+            self.weight_decay,
+            0.0,
+            0.0,
+            0.0,
+            0.0,
+            self.momentum,
+        ];
+        let hyper = [Arg::In(at), Arg::In(at + usize::from(self.clip))];
+        if self.momentum == 0.0 {
+            return update(cx, "sgd", flags, floats, hyper, &[]);
+        }
+        update(cx, "sgd_momentum", flags, floats, hyper, &[Arg::Out(1)])
+    }
+}
+
+/// One update of result 0 by operand 1; `state` are the moments. `floats` follow the flags in the shader's parameters.
+fn update(
+    cx: &mut WgpuCx,
+    entry: &'static str,
+    flags: u32,
+    floats: [f64; 7],
+    [hyper, clip]: [Arg; 2],
+    state: &[Arg],
+) -> Result<()> {
+    let n = cx.x[0].len();
+    let mut params = vec![flags];
+    params.extend(floats.map(|v| (v as f32).to_bits()));
+    let (width, consts) = item(n);
+    for cut in cx.cuts(n, &[1])? {
+        let of = |a: Arg| cut.of(a, 1);
+        let mut args = vec![of(Arg::Out(0)), of(Arg::In(1)), hyper, clip];
+        args.extend(state.iter().map(|&s| of(s)));
+        let n = cut.rows / width;
+        cx.items(("optim.wgsl", entry), &consts, n, &args, &params)?;
+    }
+    Ok(())
+}
+
+fn item(n: usize) -> (usize, Vec<(&'static str, String)>) {
+    if n.is_multiple_of(4) {
+        return (4, vec![]);
+    }
+    (1, vec![("T", "f32".into())])
 }
 
 /// The L2 norm over all gradients, and the factor that brings it to `max_norm`, as `torch.nn.utils.clip_grad_norm_`:
@@ -386,6 +458,53 @@ impl Op for GradNorm {
             a.y(0).copy_from_slice(&[norm as f32, scale as f32]);
         }))
     }
+
+    fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
+        let slabs = cx.x.len() - usize::from(self.scaled);
+        let mut runs = vec![];
+        for i in 0..slabs {
+            for cut in cx.cuts(cx.x[i].len(), &[1])? {
+                // At most a few thousand sums a slab: enough for a GPU, and short sums are exact sums.
+                runs.push((
+                    cut.of(Arg::In(i), 1),
+                    cut.rows,
+                    cut.rows.div_ceil(32).min(4096),
+                ));
+            }
+        }
+        let parts = runs.iter().map(|r| r.2).sum();
+        let part = Arg::Work(cx.workspace(parts));
+        let params = |n: usize, groups_x: u32, part0: usize, parts: usize| {
+            let mut p = vec![0; 13];
+            p[0] = n as u32;
+            p[1] = groups_x;
+            p[2] = u32::from(self.scaled);
+            p[10] = part0 as u32;
+            p[11] = parts as u32;
+            p[12] = (self.max_norm as f32).to_bits();
+            p
+        };
+        let mut launch = |entry, args, params, groups| {
+            cx.launch(Launch {
+                shader: "optim.wgsl",
+                entry,
+                consts: vec![],
+                args,
+                params,
+                groups,
+            })
+        };
+        let mut part0 = 0;
+        for (slab, n, here) in runs {
+            let groups = fold(here, 64);
+            let params = params(n, groups[0], part0, here);
+            launch("squares", vec![slab, part], params, groups)?;
+            part0 += here;
+        }
+        let hyper = if self.scaled { Arg::In(slabs) } else { part };
+        let args = vec![Arg::Out(0), part, hyper];
+        launch("finish_norm", args, params(0, 1, 0, parts), [1, 1, 1])
+    }
 }
 
 /// `acc += g`. Operands: acc, g. Result: acc, updated in place.
@@ -426,6 +545,17 @@ impl Op for Accumulate {
             });
         }))
     }
+
+    fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
+        let n = cx.x[0].len();
+        let (width, consts) = item(n);
+        for cut in cx.cuts(n, &[1])? {
+            let args = [cut.of(Arg::Out(0), 1), cut.of(Arg::In(1), 1)];
+            let n = cut.rows / width;
+            cx.items(("optim.wgsl", "accumulate"), &consts, n, &args, &[])?;
+        }
+        Ok(())
+    }
 }
 
 /// `x = 0`. Operand: x. Result: x, updated in place.
@@ -450,6 +580,14 @@ impl Op for Fill0 {
 
     fn cpu(&self, _cx: &mut CpuCx) -> Result<CpuKernel> {
         Ok(Box::new(|a| chunks([a.y(0)], |_, [y]| y.fill(0.0))))
+    }
+
+    fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
+        for cut in cx.cuts(cx.x[0].len(), &[1])? {
+            let y = cut.of(Arg::Out(0), 1);
+            cx.items(("fill.wgsl", "fill"), &[], cut.rows, &[y], &[0])?;
+        }
+        Ok(())
     }
 }
 

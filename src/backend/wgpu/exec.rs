@@ -147,14 +147,14 @@ fn poison(place: Place, max_binding: usize) -> Vec<PlacedLaunch> {
         .step_by(step)
         .map(|start| {
             let len = step.min(n - start);
-            let groups = fold(len, 256);
+            let groups = fold(len, 64);
             PlacedLaunch {
                 launch: Launch {
                     shader: "fill.wgsl",
                     entry: "fill",
                     consts: vec![],
                     args: vec![Arg::Out(0)],
-                    params: vec![len as u32, f32::NAN.to_bits(), groups[0]],
+                    params: vec![len as u32, groups[0], f32::NAN.to_bits()],
                     groups,
                 },
                 places: vec![place.part(Some((start, len)))],

@@ -16,6 +16,8 @@ macro_rules! embedded {
 
 /// Every file of `shaders/`, as built into the program.
 pub const EMBEDDED: &[(&str, &str)] = embedded![
+    "attention.wgsl",
+    "augment.wgsl",
     "batch_norm.wgsl",
     "elementwise.wgsl",
     "fill.wgsl",
@@ -24,7 +26,9 @@ pub const EMBEDDED: &[(&str, &str)] = embedded![
     "gemm_tile.wgsl",
     "layer_norm.wgsl",
     "layer_scale.wgsl",
+    "loss.wgsl",
     "math.wgsl",
+    "optim.wgsl",
     "philox.wgsl",
     "pool.wgsl",
     "random.wgsl",

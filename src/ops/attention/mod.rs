@@ -8,9 +8,11 @@
 mod cpu;
 mod kernel;
 mod reference;
+mod wgpu;
 
 use super::{Case, Cost, Fill, Host, Op, Room, traffic};
 use crate::backend::cpu::{CpuCx, CpuKernel};
+use crate::backend::wgpu::WgpuCx;
 use crate::graph::autodiff::{Backward, Fwd};
 use crate::graph::{Graph, Spec, Tid};
 use crate::{Result, ensure, op_common};
@@ -137,6 +139,14 @@ impl Op for Attention {
     fn cpu_variants(&self) -> &'static [&'static str] {
         cpu::variants()
     }
+
+    fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
+        wgpu::forward(self, cx)
+    }
+
+    fn wgpu_variants(&self) -> &'static [&'static str] {
+        wgpu::VARIANTS
+    }
 }
 
 /// The gradient of [`Attention`]. Operands: dout, qkv, out, lse. Result: dqkv.
@@ -193,6 +203,14 @@ impl Op for AttentionBwd {
 
     fn cpu_variants(&self) -> &'static [&'static str] {
         cpu::variants()
+    }
+
+    fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
+        wgpu::backward(self, cx)
+    }
+
+    fn wgpu_variants(&self) -> &'static [&'static str] {
+        wgpu::VARIANTS
     }
 }
 
