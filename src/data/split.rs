@@ -196,6 +196,13 @@ impl Split {
         self.with_indices(self.indices[..n.min(self.len())].to_vec())
     }
 
+    /// `n` images, evenly spaced over the view, so that class folders keep some of each class.
+    #[must_use]
+    pub fn spaced(&self, n: usize) -> Split {
+        let (len, n) = (self.len(), n.min(self.len()));
+        self.with_indices((0..n).map(|i| self.indices[i * len / n]).collect())
+    }
+
     /// Two views without a common image: the rest, and `share` of the images (rounded up) with the classes in proportion
     /// (largest remainders); a class of two or more is in both, a class of one in the first. The same seed gives the
     /// same views.

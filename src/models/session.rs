@@ -25,6 +25,8 @@ pub struct SessionOptions {
     pub replace_head: bool,
     /// Seed of what is initialised.
     pub seed: u64,
+    /// The weights stay as they are (see [`CompileOptions::constant_params`]): faster, and without a second copy.
+    pub constant_params: bool,
 }
 
 impl SessionOptions {
@@ -37,6 +39,7 @@ impl SessionOptions {
             taps: false,
             replace_head: false,
             seed: 0,
+            constant_params: true,
         }
     }
 }
@@ -129,7 +132,11 @@ impl Session {
             }
         }
         fuse(&mut net.graph, Purpose::Inference)?;
-        let mut exec = backend.compile(Arc::new(net.graph), &CompileOptions::default())?;
+        let compile = CompileOptions {
+            constant_params: options.constant_params,
+            ..CompileOptions::default()
+        };
+        let mut exec = backend.compile(Arc::new(net.graph), &compile)?;
         write_parameters(exec.as_mut(), loaded.as_ref().zip(file), options.seed)?;
         exec.run(&[Phase::Prepare])?;
         Ok(Session {

@@ -1,0 +1,268 @@
+//! `check`.
+
+use super::global::Global;
+use super::output::{json, note, print};
+use clap::Args;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::process::ExitCode;
+use tilewright::backend::wgpu::{Wgpu, WgpuOptions, adapters};
+use tilewright::backend::{Backend, CompileOptions};
+use tilewright::ops::check::{Finding, case_graph, check_gradients, run_case, seed_of};
+use tilewright::ops::{ROOMS, Room, room};
+use tilewright::report::table::Table;
+use tilewright::{Error, Result};
+
+/// Every kernel on every backend present against its float64 reference, forward and backward, and the reference's
+/// gradients against central differences. An error of 1 is the whole allowance.
+#[derive(Args)]
+#[command(after_help = "Examples:
+  tilewright check
+  tilewright check conv2d --backend wgpu --variants
+  tilewright check 'linear(n=5,c=7,k=3)'")]
+pub struct Check {
+    /// An op, or one case of an op as `op(key=value,...)` [default: every case of every op]
+    #[arg(value_name = "OP")]
+    op: Option<String>,
+    /// Check every kernel variant, not only the one that the default rule picks
+    #[arg(long)]
+    variants: bool,
+    /// List the cases and check nothing
+    #[arg(long)]
+    list: bool,
+}
+
+type Cases = Vec<(&'static Room, Vec<String>)>;
+
+/// The rooms and cases that `op` names.
+fn cases(op: Option<&str>) -> Result<Cases> {
+    let all = |r: &'static Room| (r, r.cases.iter().map(ToString::to_string).collect());
+    let Some(op) = op else {
+        return Ok(ROOMS.iter().map(|r| all(r)).collect());
+    };
+    let Some((name, rest)) = op.split_once('(') else {
+        return Ok(vec![all(room(op)?)]);
+    };
+    let params = rest.strip_suffix(')').ok_or_else(|| {
+        Error::input(format!(
+            "`{op}` has no closing bracket; a case is op(key=value,...)"
+        ))
+    })?;
+    let room = room(name)?;
+    room.build(params)?;
+    Ok(vec![(room, vec![params.to_string()])])
+}
+
+/// What is checked of an op on a backend.
+#[derive(Default)]
+struct Tally {
+    cases: usize,
+    runs: usize,
+    tensors: usize,
+    failed: usize,
+    worst: f64,
+    at: String,
+}
+
+impl Tally {
+    /// Takes what a case came to; `false` where something is wrong, which is told on standard error.
+    fn take(&mut self, what: &str, found: Result<Vec<Finding>>, repeat: &str) -> bool {
+        let found = match found {
+            Ok(found) => found,
+            Err(e) => {
+                self.failed += 1;
+                note(&format!("FAILED {what}: {e}\n  repeat: {repeat}"));
+                return false;
+            }
+        };
+        let mut good = true;
+        for f in &found {
+            self.tensors += 1;
+            if !(f.worst <= self.worst) {
+                self.worst = f.worst;
+                self.at = format!("{what} {}", f.tensor);
+            }
+            if !f.ok() {
+                good = false;
+                note(&format!(
+                    "FAILED {what}: {} is {} times its allowance off at element {}: {}, the reference says {}\n  \
+                     repeat: {repeat}",
+                    f.tensor, f.worst, f.index, f.got, f.want
+                ));
+            }
+        }
+        self.failed += usize::from(!good);
+        good
+    }
+}
+
+/// The variants of each kind of node in a case's graph, the default rule's left out.
+fn variants(
+    room: &Room,
+    params: &str,
+    backend: &dyn Backend,
+) -> Result<BTreeMap<&'static str, &'static [&'static str]>> {
+    let case = room.build(params)?;
+    let cg = case_graph(&case, seed_of(params))?;
+    let of = |n: &tilewright::graph::Node| match backend.name() {
+        "wgpu" => (n.op.name(), n.op.wgpu_variants()),
+        _ => (n.op.name(), n.op.cpu_variants()),
+    };
+    Ok(cg
+        .graph
+        .nodes
+        .iter()
+        .map(of)
+        .filter(|v| v.1.len() > 1)
+        .collect())
+}
+
+impl Check {
+    /// The backends to check: the named one, else all that are present.
+    fn backends(&self, g: &Global) -> Result<Vec<(String, Box<dyn Backend>)>> {
+        let names = match &g.backend {
+            Some(name) => vec![name.clone()],
+            None if adapters().is_ok() => vec!["cpu".into(), "wgpu".into()],
+            None => {
+                g.remark("wgpu is absent here and not checked");
+                vec!["cpu".into()]
+            }
+        };
+        let open = |name: String| -> Result<(String, Box<dyn Backend>)> {
+            let backend: Box<dyn Backend> = match name
+                .split_once(':')
+                .map_or((&*name, None), |(k, a)| (k, Some(a)))
+            {
+                // With bounds checks, so that a kernel that reads beyond a tensor cannot pass by luck.
+                ("wgpu", adapter) => Box::new(Wgpu::open(&WgpuOptions {
+                    adapter: adapter.map(Into::into),
+                    checked: true,
+                    ..g.wgpu_options()?
+                })?),
+                _ => g.open(&name)?,
+            };
+            Ok((name, backend))
+        };
+        names.into_iter().map(open).collect()
+    }
+
+    fn check_room(
+        &self,
+        tally: &mut Tally,
+        room: &Room,
+        cases: &[String],
+        name: &str,
+        backend: &dyn Backend,
+    ) {
+        for params in cases {
+            tally.cases += 1;
+            let case = format!("{}({params})", room.name);
+            let repeat = format!("tilewright check '{case}' --backend {name}");
+            let mut options = CompileOptions {
+                poison: true,
+                ..CompileOptions::default()
+            };
+            tally.runs += 1;
+            let found = run_case(room, params, backend, &options);
+            tally.take(&format!("{case} on {name}"), found, &repeat);
+            if !self.variants {
+                continue;
+            }
+            for (op, list) in variants(room, params, backend).unwrap_or_default() {
+                for variant in &list[1..] {
+                    options.variants = [(op.to_string(), variant.to_string())].into();
+                    match run_case(room, params, backend, &options) {
+                        // A variant need not support every shape, and says so.
+                        Err(Error::Input(_)) => {}
+                        found => {
+                            tally.runs += 1;
+                            let what = format!("{case} on {name}, {op} variant {variant}");
+                            tally.take(&what, found, &format!("{repeat} --variants"));
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    pub fn run(self, g: &Global) -> Result<ExitCode> {
+        let cases = cases(self.op.as_deref())?;
+        if self.list {
+            return list(g, &cases);
+        }
+        let backends = self.backends(g)?;
+        let mut rows: Vec<(&str, String, Tally)> = vec![];
+        for (room, cases) in &cases {
+            let mut tally = Tally::default();
+            for params in cases {
+                tally.cases += 1;
+                tally.runs += 1;
+                let case = format!("{}({params})", room.name);
+                let what = format!("gradient of {case}");
+                tally.take(
+                    &what,
+                    check_gradients(room, params),
+                    &format!("tilewright check '{case}'"),
+                );
+            }
+            rows.push((room.name, "gradient".into(), tally));
+            for (name, backend) in &backends {
+                let mut tally = Tally::default();
+                self.check_room(&mut tally, room, cases, name, backend.as_ref());
+                rows.push((room.name, name.clone(), tally));
+            }
+        }
+        let failed: usize = rows.iter().map(|r| r.2.failed).sum();
+        if g.json {
+            let rows: Vec<Value> = rows
+                .iter()
+                .map(|(op, on, t)| {
+                    json!({
+                        "op": op, "checked": on, "cases": t.cases, "runs": t.runs, "tensors": t.tensors,
+                        "failed": t.failed, "worst": t.worst, "worst_at": t.at,
+                    })
+                })
+                .collect();
+            json(&json!({"failed": failed, "results": rows}))?;
+        } else {
+            let mut t = Table::new([
+                "op", "checked", "cases", "runs", "tensors", "failed", "worst", "where",
+            ])
+            .left(&[0, 1, 7]);
+            for (op, on, tally) in &rows {
+                t.row([
+                    op.to_string(),
+                    on.clone(),
+                    tally.cases.to_string(),
+                    tally.runs.to_string(),
+                    tally.tensors.to_string(),
+                    tally.failed.to_string(),
+                    format!("{:.3}", tally.worst),
+                    tally.at.clone(),
+                ]);
+            }
+            let mut out = t.to_text();
+            let _ = match failed {
+                0 => writeln!(out, "\nall good"),
+                n => writeln!(out, "\n{n} failed"),
+            };
+            print(&out)?;
+        }
+        Ok(ExitCode::from(u8::from(failed > 0)))
+    }
+}
+
+fn list(g: &Global, cases: &Cases) -> Result<ExitCode> {
+    let named = |(room, list): &(&'static Room, Vec<String>)| {
+        list.iter()
+            .map(|p| format!("{}({p})", room.name))
+            .collect::<Vec<_>>()
+    };
+    let all: Vec<String> = cases.iter().flat_map(named).collect();
+    match g.json {
+        true => json(&all)?,
+        false => print(&(all.join("\n") + "\n"))?,
+    }
+    Ok(ExitCode::SUCCESS)
+}

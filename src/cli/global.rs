@@ -1,0 +1,148 @@
+//! Flags that every command takes, and the backend they choose.
+
+use super::output::note;
+use clap::Args;
+use std::path::PathBuf;
+use tilewright::backend::cpu::Cpu;
+use tilewright::backend::wgpu::shaders::ShaderSource;
+use tilewright::backend::wgpu::{AdapterReport, Wgpu, WgpuOptions, adapters};
+use tilewright::backend::{self, Backend};
+use tilewright::{Error, Result};
+
+/// Flags that every command takes.
+#[derive(Args, Debug)]
+pub struct Global {
+    /// Where to compute: cpu, wgpu, or wgpu:PART-OF-AN-ADAPTER'S-NAME [default: wgpu on a real GPU, else cpu]
+    #[arg(
+        long,
+        global = true,
+        value_name = "NAME",
+        help_heading = "Global options"
+    )]
+    pub backend: Option<String>,
+    /// Seed of everything that is drawn
+    #[arg(
+        long,
+        global = true,
+        default_value_t = 0,
+        value_name = "N",
+        help_heading = "Global options"
+    )]
+    pub seed: u64,
+    /// Threads of the CPU backend and of decoding [default: all cores]
+    #[arg(long, global = true, value_name = "N", help_heading = "Global options")]
+    pub threads: Option<usize>,
+    /// Print one JSON document on standard output, everything else on standard error
+    #[arg(long, global = true, help_heading = "Global options")]
+    pub json: bool,
+    /// Read the WGSL kernels from this folder in place of the built-in ones
+    #[arg(
+        long,
+        global = true,
+        value_name = "DIR",
+        help_heading = "Global options"
+    )]
+    pub shaders: Option<PathBuf>,
+}
+
+impl Global {
+    /// Puts the number of threads into force.
+    ///
+    /// # Errors
+    /// The number is not possible.
+    pub fn start(&self) -> Result<()> {
+        let Some(n) = self.threads else { return Ok(()) };
+        if !(1..=1024).contains(&n) {
+            return Err(Error::input(format!("--threads {n}: give 1 to 1024")));
+        }
+        rayon::ThreadPoolBuilder::new()
+            .num_threads(n)
+            .build_global()
+            .map_err(|e| Error::run(format!("cannot start {n} threads: {e}")))
+    }
+
+    /// The backend that `--backend` names, never another in its place; without it the best one present.
+    ///
+    /// # Errors
+    /// The named backend has no device here, or `--shaders` is given to one that has no shaders.
+    pub fn open_backend(&self) -> Result<Box<dyn Backend>> {
+        match &self.backend {
+            Some(name) => self.open(name),
+            None => self.open(default_backend()),
+        }
+    }
+
+    /// The backend called `name`, with the other global flags.
+    ///
+    /// # Errors
+    /// As [`open_backend`](Self::open_backend).
+    pub fn open(&self, name: &str) -> Result<Box<dyn Backend>> {
+        let (kind, adapter) = match name.split_once(':') {
+            Some((kind, adapter)) => (kind, Some(adapter.to_string())),
+            None => (name, None),
+        };
+        if kind == "wgpu" {
+            return Ok(Box::new(Wgpu::open(&WgpuOptions {
+                adapter,
+                ..self.wgpu_options()?
+            })?));
+        }
+        if let Some(dir) = &self.shaders {
+            return Err(Error::input(format!(
+                "--shaders {} is for the wgpu backend, not {kind}; add --backend wgpu",
+                dir.display()
+            )));
+        }
+        if name == "cpu" {
+            return Ok(Box::new(Cpu::new()));
+        }
+        backend::open(name)
+    }
+
+    /// Options of the wgpu backend.
+    ///
+    /// # Errors
+    /// `--shaders` is not a folder.
+    pub fn wgpu_options(&self) -> Result<WgpuOptions> {
+        let shaders = match &self.shaders {
+            Some(dir) => ShaderSource::from_dir(dir)?,
+            None => ShaderSource::default(),
+        };
+        Ok(WgpuOptions {
+            shaders,
+            ..WgpuOptions::default()
+        })
+    }
+
+    /// A remark for people on standard error.
+    pub fn remark(&self, line: &str) {
+        note(&format!("note: {line}"));
+    }
+}
+
+/// Whether an adapter computes on a GPU: software Vulkan is slower than the CPU backend.
+pub fn is_gpu(adapter: &AdapterReport) -> bool {
+    !adapter.traits.software
+}
+
+/// What runs where no backend is named.
+pub fn default_backend() -> &'static str {
+    let gpu = may_have_gpu() && adapters().is_ok_and(|a| a.first().is_some_and(is_gpu));
+    if gpu { "wgpu" } else { "cpu" }
+}
+
+/// Whether it is worth asking the drivers, which takes a tenth of a second: Linux shows every GPU as a device file.
+fn may_have_gpu() -> bool {
+    if cfg!(not(target_os = "linux")) {
+        return true;
+    }
+    [
+        "/dev/dri",
+        "/dev/nvidiactl",
+        "/dev/dxg",
+        "/dev/kfd",
+        "/dev/mali0",
+    ]
+    .iter()
+    .any(|p| std::path::Path::new(p).exists())
+}
