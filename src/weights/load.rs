@@ -477,3 +477,7 @@ pub fn identify(file: &WeightFile) -> Option<String> {
         "{name} of {library} (stages of {stages:?} blocks, {classes})"
     ))
 }
+
+#[cfg(test)]
+#[path = "load_tests.rs"]
+mod tests;
