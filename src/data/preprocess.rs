@@ -2,8 +2,9 @@
 
 use super::decode::Rgb;
 use crate::{Error, Result};
-use fast_image_resize::images::{Image, ImageRef};
-use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
+use fast_image_resize::images::{TypedImage, TypedImageRef};
+use fast_image_resize::pixels::U8x3;
+use fast_image_resize::{FilterType, ResizeAlg, ResizeOptions, Resizer};
 use std::borrow::Cow;
 
 /// How pixels between pixels are made. Bilinear and bicubic widen their support when they shrink an image
@@ -183,9 +184,10 @@ impl Squares {
         let fail = |e: &dyn std::fmt::Display| {
             Error::run(format!("resizing {from:?} to {to:?} pixels: {e}"))
         };
-        let source =
-            ImageRef::new(from.0, from.1, pixels, PixelType::U8x3).map_err(|e| fail(&e))?;
-        let mut target = Image::new(to.0, to.1, PixelType::U8x3);
+        // Typed for the one pixel format there is: the untyped call compiles every format into this crate.
+        let source = TypedImageRef::<U8x3>::from_buffer(from.0, from.1, pixels).map_err(|e| fail(&e))?;
+        let mut out = vec![0; to.0 as usize * to.1 as usize * 3];
+        let mut target = TypedImage::<U8x3>::from_buffer(to.0, to.1, &mut out).map_err(|e| fail(&e))?;
         let algorithm = match self.preprocess.interpolation {
             Interpolation::Nearest => ResizeAlg::Nearest,
             Interpolation::Bilinear => ResizeAlg::Convolution(FilterType::Bilinear),
@@ -193,9 +195,10 @@ impl Squares {
         };
         let options = ResizeOptions::new().resize_alg(algorithm);
         self.resizer
-            .resize(&source, &mut target, &options)
+            .resize_typed(&source, &mut target, &options)
             .map_err(|e| fail(&e))?;
-        Ok(target.into_vec())
+        drop(target);
+        Ok(out)
     }
 }
 

@@ -208,6 +208,14 @@ impl Model {
         .map_err(|e| e.context(&self.id))
     }
 
+    /// Rows and columns of patches of an image of `(h, w)` pixels, in a ViT.
+    pub fn grid(&self, h: usize, w: usize) -> Option<(usize, usize)> {
+        match &self.arch {
+            Arch::Vit(v) => Some((h / v.patch, w / v.patch)),
+            _ => None,
+        }
+    }
+
     /// A graph of its own for `batch` images of `(height, width)` pixels.
     ///
     /// # Errors
@@ -223,10 +231,7 @@ impl Model {
         graph.mode = mode;
         let input = graph.input("input", Spec::f32([batch, h, w, 3]));
         let heads = self.build(&mut graph, input, options)?;
-        let grid = match &self.arch {
-            Arch::Vit(v) => Some((h / v.patch, w / v.patch)),
-            _ => None,
-        };
+        let grid = self.grid(h, w);
         Ok(Net {
             graph,
             input,

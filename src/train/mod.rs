@@ -1,1 +1,8 @@
-//! train
+//! Training: from a configuration to a run directory with metrics, checkpoints and a report.
+
+pub mod checkpoint;
+pub mod config;
+pub mod evaluate;
+pub mod run;
+
+pub use config::TrainConfig;
