@@ -15,6 +15,7 @@ mod output;
 mod predict;
 mod source;
 mod tensors;
+mod train;
 mod weights;
 
 use clap::{Parser, Subcommand};
@@ -31,7 +32,6 @@ static IN_ORDER: AtomicBool = AtomicBool::new(false);
 
 /// Says that the command under way looks at [`STOP`] and ends in order by itself: the first Ctrl-C sets it, the second
 /// ends the program. Other commands end at the first.
-#[allow(dead_code)] // for the command that trains
 pub fn end_in_order() -> &'static AtomicBool {
     IN_ORDER.store(true, Ordering::Relaxed);
     &STOP
@@ -74,6 +74,8 @@ enum Command {
     Predict(predict::Predict),
     /// Accuracy, loss, per-class metrics and confusion matrix on a data set
     Eval(eval::Eval),
+    /// Train from scratch or from weights; several models side by side in one report
+    Train(Box<train::Train>),
     /// Tensors through a model: logits or features, and taps
     Forward(tensors::Forward),
     /// Loss and every gradient for labelled tensors
@@ -93,6 +95,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Data(c) => c.run(g),
         Command::Predict(c) => c.run(g),
         Command::Eval(c) => c.run(g),
+        Command::Train(c) => c.run(g),
         Command::Forward(c) => c.run(g),
         Command::Grad(c) => c.run(g),
         Command::Check(c) => c.run(g),

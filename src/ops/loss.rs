@@ -395,7 +395,7 @@ impl Op for SoftmaxCe {
         let denominator = Arg::Work(cx.workspace(1));
         let weights = Arg::In(if self.weighted { 2 } else { 0 });
         let flags = u32::from(soft) + 2 * u32::from(self.weighted);
-        let mut one = |cx: &mut WgpuCx, entry, z, targets, dz, rows: usize, first, per_group| {
+        let one = |cx: &mut WgpuCx, entry, z, targets, dz, rows: usize, first, per_group| {
             let groups = fold(rows.div_ceil(per_group), 1);
             cx.launch(Launch {
                 shader: "loss.wgsl",

@@ -3,7 +3,7 @@
 use super::checkpoint::{Position, read_position, read_params, read_resume, write_resume};
 use super::config::TrainConfig;
 use super::evaluate::{Evaluator, Outcome};
-use crate::backend::{self, Backend, CompileOptions, Exec};
+use crate::backend::{Backend, CompileOptions, Exec};
 use crate::data::{self, Images, Loader, LoaderOptions, OpenOptions, PerClass, Preprocess, Split};
 use crate::graph::fuse::Purpose;
 use crate::graph::train::{Update, UpdateSpec, add_update};
@@ -75,7 +75,7 @@ struct Job<'a> {
     model: Model,
     options: ModelOptions,
     size: usize,
-    backend: Box<dyn Backend>,
+    backend: &'a dyn Backend,
     init: Option<WeightFile>,
 }
 
@@ -84,11 +84,10 @@ struct Job<'a> {
 /// # Errors
 /// Bad settings, data or weights ([`Error::Input`]); a lost device, a full disk, a loss that is not finite or an
 /// interruption ([`Error::Run`]). The run directory keeps the last good checkpoint.
-pub fn train(config: &TrainConfig, place: &RunPlace, stop: &AtomicBool) -> Result<RunReport> {
+pub fn train(config: &TrainConfig, backend: &dyn Backend, place: &RunPlace, stop: &AtomicBool) -> Result<RunReport> {
     config.check()?;
     let model = models::find(&config.model)?;
     let init = config.init.as_ref().map(WeightFile::open).transpose()?;
-    let backend = backend::open(&config.backend)?;
     let sets = data::open(&config.data, OpenOptions { seed: config.seed })?;
     let size = match (config.image_size, sets.size) {
         (0, Some(s)) if model.image <= SMALL => s as usize,
@@ -117,7 +116,7 @@ pub fn train(config: &TrainConfig, place: &RunPlace, stop: &AtomicBool) -> Resul
     }
     write_atomic(&run.dir.join("config.toml"), run.config.as_bytes())?;
     let batch = config.batch_size.min(data.test.len());
-    let mut evaluator = Evaluator::new(job.backend.as_ref(), &job.model, &job.options, size, batch)?;
+    let mut evaluator = Evaluator::new(job.backend, &job.model, &job.options, size, batch)?;
     let last = run.epochs(&job, &data, &mut program, &mut evaluator, stop)?;
     run.report(&job, place, &data, &program, last)
 }
@@ -476,7 +475,7 @@ impl Run {
             eval: Some(last.evaluation.finish(subject, &data.classes, last.seconds)?),
             config: self.config.clone(),
             command: place.command.clone(),
-            provenance: provenance(job.backend.as_ref(), config.seed),
+            provenance: provenance(job.backend, config.seed),
             notes: data.notes.clone(),
         };
         write_atomic(&self.dir.join("report.html"), report.to_html()?.as_bytes())?;
