@@ -3,18 +3,26 @@
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use tilewright::data::Augment;
-use tilewright::train::TrainConfig;
 use tilewright::report::html::RunReport;
+use tilewright::train::TrainConfig;
 use tilewright::train::run::RunPlace;
 use tilewright::weights::WeightFile;
 
-fn train(config: &TrainConfig, place: &RunPlace, stop: &AtomicBool) -> tilewright::Result<RunReport> {
+fn train(
+    config: &TrainConfig,
+    place: &RunPlace,
+    stop: &AtomicBool,
+) -> tilewright::Result<RunReport> {
     let backend = tilewright::backend::open(&config.backend)?;
     tilewright::train::run::train(config, backend.as_ref(), place, stop)
 }
 
 fn place(dir: &Path, resume: bool) -> RunPlace {
-    RunPlace { dir: dir.to_path_buf(), resume, command: "tilewright train".into() }
+    RunPlace {
+        dir: dir.to_path_buf(),
+        resume,
+        command: "tilewright train".into(),
+    }
 }
 
 fn small(model: &str) -> TrainConfig {
@@ -25,7 +33,11 @@ fn small(model: &str) -> TrainConfig {
         batch_size: 64,
         lr: 3e-3,
         warmup_epochs: 0.5,
-        augment: Augment { crop_pad: 1, rotate_degrees: 5.0, ..Default::default() },
+        augment: Augment {
+            crop_pad: 1,
+            rotate_degrees: 5.0,
+            ..Default::default()
+        },
         clip: 1.0,
         seed: 3,
         ..Default::default()
@@ -35,19 +47,51 @@ fn small(model: &str) -> TrainConfig {
 fn weights(dir: &Path) -> Vec<(String, Vec<u32>)> {
     let file = WeightFile::open(dir.join("checkpoints/last.safetensors")).unwrap();
     let floats = file.entries().iter().filter(|e| e.is_float());
-    floats.map(|e| (e.name.clone(), file.read_f32(&e.name).unwrap().iter().map(|v| v.to_bits()).collect())).collect()
+    floats
+        .map(|e| {
+            (
+                e.name.clone(),
+                file.read_f32(&e.name)
+                    .unwrap()
+                    .iter()
+                    .map(|v| v.to_bits())
+                    .collect(),
+            )
+        })
+        .collect()
 }
 
 #[test]
 fn small_networks_learn_digits() {
     let go = AtomicBool::new(false);
-    for (model, floor) in [("cnn_r14", 90.0), ("vit:patch=2,dim=64,depth=3,heads=4,mlp=2", 50.0)] {
+    for (model, floor) in [
+        ("cnn_r14", 90.0),
+        ("vit:patch=2,dim=64,depth=3,heads=4,mlp=2", 50.0),
+    ] {
         let dir = tempfile::tempdir().unwrap();
-        let report = train(&TrainConfig { epochs: 6, ..small(model) }, &place(dir.path(), false), &go).unwrap();
+        let report = train(
+            &TrainConfig {
+                epochs: 6,
+                ..small(model)
+            },
+            &place(dir.path(), false),
+            &go,
+        )
+        .unwrap();
         let top1 = report.eval.as_ref().unwrap().top1;
         assert!(top1 > floor, "{model}: {top1} %");
-        for file in ["config.toml", "metrics.csv", "events.jsonl", "report.html", "eval.json", "checkpoints/best.safetensors"] {
-            assert!(dir.path().join(file).metadata().unwrap().len() > 0, "{file}");
+        for file in [
+            "config.toml",
+            "metrics.csv",
+            "events.jsonl",
+            "report.html",
+            "eval.json",
+            "checkpoints/best.safetensors",
+        ] {
+            assert!(
+                dir.path().join(file).metadata().unwrap().len() > 0,
+                "{file}"
+            );
         }
         let config = std::fs::read_to_string(dir.path().join("config.toml")).unwrap();
         assert_eq!(TrainConfig::parse(&config).unwrap().model, model);
@@ -58,7 +102,12 @@ fn small_networks_learn_digits() {
 fn a_stopped_run_ends_in_the_same_bits() {
     let go = AtomicBool::new(false);
     let whole = tempfile::tempdir().unwrap();
-    let config = TrainConfig { epochs: 2, limit_train: 640, accumulate: 2, ..small("vit:patch=4,dim=32,depth=2,heads=2,mlp=2,dropout=0.1") };
+    let config = TrainConfig {
+        epochs: 2,
+        limit_train: 640,
+        accumulate: 2,
+        ..small("vit:patch=4,dim=32,depth=2,heads=2,mlp=2,dropout=0.1")
+    };
     train(&config, &place(whole.path(), false), &go).unwrap();
     // Stopped after the first step each time, and resumed until it is through.
     let stopped = tempfile::tempdir().unwrap();
@@ -76,7 +125,9 @@ fn a_stopped_run_ends_in_the_same_bits() {
     let rows = |dir: &Path| {
         let text = std::fs::read_to_string(dir.join("metrics.csv")).unwrap();
         // All but the two last columns, which are times.
-        text.lines().map(|l| l.split(',').take(7).collect::<Vec<_>>().join(",")).collect::<Vec<_>>()
+        text.lines()
+            .map(|l| l.split(',').take(7).collect::<Vec<_>>().join(","))
+            .collect::<Vec<_>>()
     };
     assert_eq!(rows(whole.path()), rows(stopped.path()));
     let events = std::fs::read_to_string(stopped.path().join("events.jsonl")).unwrap();
@@ -89,13 +140,55 @@ fn what_cannot_run_is_refused_before_anything_is_written() {
     let root = tempfile::tempdir().unwrap();
     let dir = root.path().join("run");
     for (config, says) in [
-        (TrainConfig { batch_size: 0, ..small("cnn_r14") }, "batch size"),
-        (TrainConfig { batch_size: 100_000, ..small("cnn_r14") }, "batch"),
-        (TrainConfig { model: "resnet19".into(), ..small("x") }, "resnet1"),
-        (TrainConfig { data: "folder:/nowhere".into(), ..small("cnn_r14") }, "/nowhere"),
-        (TrainConfig { lr: f64::NAN, ..small("cnn_r14") }, "learning rate"),
-        (TrainConfig { backend: "tpu".into(), ..small("cnn_r14") }, "tpu"),
-        (TrainConfig { init: Some("/nowhere.safetensors".into()), ..small("cnn_r14") }, "/nowhere"),
+        (
+            TrainConfig {
+                batch_size: 0,
+                ..small("cnn_r14")
+            },
+            "batch size",
+        ),
+        (
+            TrainConfig {
+                batch_size: 100_000,
+                ..small("cnn_r14")
+            },
+            "batch",
+        ),
+        (
+            TrainConfig {
+                model: "resnet19".into(),
+                ..small("x")
+            },
+            "resnet1",
+        ),
+        (
+            TrainConfig {
+                data: "folder:/nowhere".into(),
+                ..small("cnn_r14")
+            },
+            "/nowhere",
+        ),
+        (
+            TrainConfig {
+                lr: f64::NAN,
+                ..small("cnn_r14")
+            },
+            "learning rate",
+        ),
+        (
+            TrainConfig {
+                backend: "tpu".into(),
+                ..small("cnn_r14")
+            },
+            "tpu",
+        ),
+        (
+            TrainConfig {
+                init: Some("/nowhere.safetensors".into()),
+                ..small("cnn_r14")
+            },
+            "/nowhere",
+        ),
     ] {
         let e = train(&config, &place(&dir, false), &go).unwrap_err();
         assert!(e.to_string().contains(says) && e.exit_code() == 2, "{e}");
@@ -106,7 +199,15 @@ fn what_cannot_run_is_refused_before_anything_is_written() {
 fn a_diverging_run_stops_and_says_where() {
     let go = AtomicBool::new(false);
     let dir = tempfile::tempdir().unwrap();
-    let config = TrainConfig { lr: 1e30, warmup_epochs: 0.0, clip: 0.0, ..small("vit:patch=4,dim=32,depth=1,heads=2,mlp=2") };
+    let config = TrainConfig {
+        lr: 1e30,
+        warmup_epochs: 0.0,
+        clip: 0.0,
+        ..small("vit:patch=4,dim=32,depth=1,heads=2,mlp=2")
+    };
     let e = train(&config, &place(dir.path(), false), &go).unwrap_err();
-    assert!(e.to_string().contains("loss became") && e.exit_code() == 1, "{e}");
+    assert!(
+        e.to_string().contains("loss became") && e.exit_code() == 1,
+        "{e}"
+    );
 }

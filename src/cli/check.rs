@@ -79,7 +79,7 @@ impl Tally {
         let mut good = true;
         for f in &found {
             self.tensors += 1;
-            if !(f.worst <= self.worst) {
+            if f.worst.is_nan() || f.worst > self.worst {
                 self.worst = f.worst;
                 self.at = format!("{what} {}", f.tensor);
             }

@@ -143,8 +143,29 @@ impl Settings {
         macro_rules! take {
             ($($name:ident),*) => { $(if let Some(v) = self.$name { c.$name = v; })* };
         }
-        take!(epochs, batch_size, accumulate, lr, min_lr, schedule, warmup_epochs, optimizer, weight_decay, momentum);
-        take!(clip, label_smoothing, focal, dropout, drop_path, image_size, subset, limit_train, limit_test);
+        take!(
+            epochs,
+            batch_size,
+            accumulate,
+            lr,
+            min_lr,
+            schedule,
+            warmup_epochs,
+            optimizer,
+            weight_decay,
+            momentum
+        );
+        take!(
+            clip,
+            label_smoothing,
+            focal,
+            dropout,
+            drop_path,
+            image_size,
+            subset,
+            limit_train,
+            limit_test
+        );
         take!(val_share, long_tail, step_imbalance);
         c.init = self.init.or(c.init.take());
         c.class_weights |= self.class_weights;
@@ -167,8 +188,17 @@ impl Train {
             let epochs = self.settings.epochs;
             config.epochs = epochs.unwrap_or(config.epochs);
             let backend = g.open(&config.backend)?;
-            let place = RunPlace { dir: dir.clone(), resume: true, command };
-            return show(g, dir, &[train(&config, backend.as_ref(), &place, stop)?], None);
+            let place = RunPlace {
+                dir: dir.clone(),
+                resume: true,
+                command,
+            };
+            return show(
+                g,
+                dir,
+                &[train(&config, backend.as_ref(), &place, stop)?],
+                None,
+            );
         }
         let mut config = match &self.config {
             Some(path) => TrainConfig::read(path)?,
@@ -182,18 +212,42 @@ impl Train {
             (None, Some(_)) => g.open(&config.backend)?,
             _ => g.open_backend()?,
         };
-        config.backend = g.backend.clone().unwrap_or_else(|| backend.name().to_string());
+        config.backend = g
+            .backend
+            .clone()
+            .unwrap_or_else(|| backend.name().to_string());
         if g.seed != 0 {
             config.seed = g.seed;
         }
-        let models = if self.model.is_empty() { vec![config.model.clone()] } else { self.model };
-        let root = self.output.unwrap_or_else(|| PathBuf::from("runs").join(folder(&models.join("-"))));
+        let models = if self.model.is_empty() {
+            vec![config.model.clone()]
+        } else {
+            self.model
+        };
+        let root = self
+            .output
+            .unwrap_or_else(|| PathBuf::from("runs").join(folder(&models.join("-"))));
         let mut reports = vec![];
         for model in &models {
-            let dir = if models.len() > 1 { root.join(folder(model)) } else { root.clone() };
-            note(&format!("training {model} on {} into {}", config.data, dir.display()));
-            let config = TrainConfig { model: model.clone(), ..config.clone() };
-            let place = RunPlace { dir, resume: false, command: command.clone() };
+            let dir = if models.len() > 1 {
+                root.join(folder(model))
+            } else {
+                root.clone()
+            };
+            note(&format!(
+                "training {model} on {} into {}",
+                config.data,
+                dir.display()
+            ));
+            let config = TrainConfig {
+                model: model.clone(),
+                ..config.clone()
+            };
+            let place = RunPlace {
+                dir,
+                resume: false,
+                command: command.clone(),
+            };
             reports.push(train(&config, backend.as_ref(), &place, stop)?);
         }
         show(g, &root, &reports, (models.len() > 1).then_some(&command))
@@ -202,23 +256,41 @@ impl Train {
 
 /// A model's name as a folder's.
 fn folder(model: &str) -> String {
-    let plain = |c: char| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '_' };
+    let plain = |c: char| {
+        if c.is_ascii_alphanumeric() || "._-".contains(c) {
+            c
+        } else {
+            '_'
+        }
+    };
     model.chars().map(plain).collect()
 }
 
 fn command_line() -> String {
     let quoted = |a: String| if a.contains(' ') { format!("'{a}'") } else { a };
-    std::iter::once("tilewright".to_string()).chain(std::env::args().skip(1).map(quoted)).collect::<Vec<_>>().join(" ")
+    std::iter::once("tilewright".to_string())
+        .chain(std::env::args().skip(1).map(quoted))
+        .collect::<Vec<_>>()
+        .join(" ")
 }
 
 /// Prints the results; several runs are compared on a page of their own.
-fn show(g: &Global, root: &Path, reports: &[RunReport], compare: Option<&String>) -> Result<ExitCode> {
+fn show(
+    g: &Global,
+    root: &Path,
+    reports: &[RunReport],
+    compare: Option<&String>,
+) -> Result<ExitCode> {
     let page = root.join("report.html");
     let runs = CompareReport {
         title: "Comparison".into(),
         question: format!(
             "{} trained alike on {}: which is more accurate, and at what cost?",
-            reports.iter().map(|r| r.name.as_str()).collect::<Vec<_>>().join(" and "),
+            reports
+                .iter()
+                .map(|r| r.name.as_str())
+                .collect::<Vec<_>>()
+                .join(" and "),
             reports.first().map_or("", |r| r.data.as_str())
         ),
         runs: reports.to_vec(),

@@ -185,9 +185,11 @@ impl Squares {
             Error::run(format!("resizing {from:?} to {to:?} pixels: {e}"))
         };
         // Typed for the one pixel format there is: the untyped call compiles every format into this crate.
-        let source = TypedImageRef::<U8x3>::from_buffer(from.0, from.1, pixels).map_err(|e| fail(&e))?;
+        let source =
+            TypedImageRef::<U8x3>::from_buffer(from.0, from.1, pixels).map_err(|e| fail(&e))?;
         let mut out = vec![0; to.0 as usize * to.1 as usize * 3];
-        let mut target = TypedImage::<U8x3>::from_buffer(to.0, to.1, &mut out).map_err(|e| fail(&e))?;
+        let mut target =
+            TypedImage::<U8x3>::from_buffer(to.0, to.1, &mut out).map_err(|e| fail(&e))?;
         let algorithm = match self.preprocess.interpolation {
             Interpolation::Nearest => ResizeAlg::Nearest,
             Interpolation::Bilinear => ResizeAlg::Convolution(FilterType::Bilinear),

@@ -91,7 +91,16 @@ impl Update {
             Optimizer::Sgd { .. } => (1.0, 1.0),
         };
         let scale = 1.0 / self.spec.accumulate.max(1) as f64;
-        [lr as f32, c1 as f32, c2 as f32, scale as f32, 0.0, 0.0, 0.0, 0.0]
+        [
+            lr as f32,
+            c1 as f32,
+            c2 as f32,
+            scale as f32,
+            0.0,
+            0.0,
+            0.0,
+            0.0,
+        ]
     }
 }
 
@@ -100,11 +109,18 @@ impl Update {
 ///
 /// # Errors
 /// A trainable parameter has no gradient: it does not reach the loss.
-pub fn add_update(graph: &mut Graph, grads: &HashMap<Tid, Tid>, spec: UpdateSpec) -> Result<Update> {
+pub fn add_update(
+    graph: &mut Graph,
+    grads: &HashMap<Tid, Tid>,
+    spec: UpdateSpec,
+) -> Result<Update> {
     let mut groups: BTreeMap<(bool, u32), Vec<Vec<usize>>> = BTreeMap::new();
     for (i, p) in graph.params.iter().enumerate().filter(|(_, p)| p.trainable) {
         if !grads.contains_key(&p.tid) {
-            return Err(Error::run(format!("{} is trainable but does not reach the loss", p.name)));
+            return Err(Error::run(format!(
+                "{} is trainable but does not reach the loss",
+                p.name
+            )));
         }
         let size = |ids: &[usize]| ids.iter().map(|&i| padded(graph, i)).sum::<usize>();
         let slabs = groups.entry((!p.decay, p.lr_scale.to_bits())).or_default();
@@ -114,7 +130,9 @@ pub fn add_update(graph: &mut Graph, grads: &HashMap<Tid, Tid>, spec: UpdateSpec
         }
     }
     if groups.is_empty() {
-        return Err(Error::input("there is nothing to train: every parameter is frozen"));
+        return Err(Error::input(
+            "there is nothing to train: every parameter is frozen",
+        ));
     }
     let hyper = graph.input("hyper", Spec::f32([8]));
     let mut slabs = vec![];
@@ -126,17 +144,33 @@ pub fn add_update(graph: &mut Graph, grads: &HashMap<Tid, Tid>, spec: UpdateSpec
             slabs.push(make_slab(graph, grads, &spec, &ids)?);
         }
     }
-    let norm = graph.in_phase(Phase::Optimizer, |g| update_nodes(g, &slabs, &settings, &spec, hyper))?;
-    Ok(Update { hyper, norm, slabs, spec })
+    let norm = graph.in_phase(Phase::Optimizer, |g| {
+        update_nodes(g, &slabs, &settings, &spec, hyper)
+    })?;
+    Ok(Update {
+        hyper,
+        norm,
+        slabs,
+        spec,
+    })
 }
 
 fn padded(graph: &Graph, param: usize) -> usize {
-    graph.spec(graph.params[param].tid).len().next_multiple_of(ALIGN)
+    graph
+        .spec(graph.params[param].tid)
+        .len()
+        .next_multiple_of(ALIGN)
 }
 
-fn make_slab(graph: &mut Graph, grads: &HashMap<Tid, Tid>, spec: &UpdateSpec, ids: &[usize]) -> Result<Slab> {
+fn make_slab(
+    graph: &mut Graph,
+    grads: &HashMap<Tid, Tid>,
+    spec: &UpdateSpec,
+    ids: &[usize],
+) -> Result<Slab> {
     let len: usize = ids.iter().map(|&i| padded(graph, i)).sum();
-    let mut state_tensor = |name: &str| graph.add_tensor(format!("slab:{name}"), Spec::f32([len]), Kind::State);
+    let mut state_tensor =
+        |name: &str| graph.add_tensor(format!("slab:{name}"), Spec::f32([len]), Kind::State);
     let param = state_tensor("param");
     let grad = state_tensor("grad");
     let names: &[&'static str] = match spec.optimizer {
@@ -157,16 +191,27 @@ fn make_slab(graph: &mut Graph, grads: &HashMap<Tid, Tid>, spec: &UpdateSpec, id
             let shape = graph.shape(p.tid).to_vec();
             let sum = graph.add_tensor(format!("{}.grad", p.name), Spec::f32(shape), Kind::State);
             graph.tensor_mut(sum).view = Some((grad, offset));
-            let g = graph.view(grads[&p.tid], &graph.shape(p.tid).to_vec())?;
-            graph.scoped(p.name.clone(), |gr| gr.in_phase(Phase::Backward, |gr| gr.push(Accumulate, &[sum, g])))?;
+            let shape = graph.shape(p.tid).to_vec();
+            let g = graph.view(grads[&p.tid], &shape)?;
+            graph.scoped(p.name.clone(), |gr| {
+                gr.in_phase(Phase::Backward, |gr| gr.push(Accumulate, &[sum, g]))
+            })?;
         } else if whole && graph.tensor(root).kind == Kind::Temp {
             graph.tensor_mut(root).view = Some((grad, offset));
         } else {
-            return Err(Error::run(format!("the gradient of {} shares its memory with another's", p.name)));
+            return Err(Error::run(format!(
+                "the gradient of {} shares its memory with another's",
+                p.name
+            )));
         }
         offset += padded(graph, i);
     }
-    Ok(Slab { param, grad, state, members })
+    Ok(Slab {
+        param,
+        grad,
+        state,
+        members,
+    })
 }
 
 fn update_nodes(
@@ -179,7 +224,13 @@ fn update_nodes(
     let norm = match spec.clip {
         Some(max_norm) => {
             let operands: Vec<Tid> = slabs.iter().map(|s| s.grad).chain([hyper]).collect();
-            let n = g.push1(GradNorm { max_norm, scaled: true }, &operands)?;
+            let n = g.push1(
+                GradNorm {
+                    max_norm,
+                    scaled: true,
+                },
+                &operands,
+            )?;
             g.keep(n);
             Some(n)
         }
@@ -187,18 +238,47 @@ fn update_nodes(
     };
     for (s, &(weight_decay, lr_scale)) in slabs.iter().zip(settings) {
         let clip = norm.is_some();
-        let operands: Vec<Tid> =
-            [s.param, s.grad].into_iter().chain(s.state.iter().map(|x| x.1)).chain([hyper]).chain(norm).collect();
+        let operands: Vec<Tid> = [s.param, s.grad]
+            .into_iter()
+            .chain(s.state.iter().map(|x| x.1))
+            .chain([hyper])
+            .chain(norm)
+            .collect();
         match spec.optimizer {
-            Optimizer::AdamW { beta1, beta2, eps } => {
-                g.push(AdamW { lr_scale, weight_decay, beta1, beta2, eps, decoupled: true, clip }, &operands)?
-            }
-            Optimizer::Adam { beta1, beta2, eps } => {
-                g.push(AdamW { lr_scale, weight_decay, beta1, beta2, eps, decoupled: false, clip }, &operands)?
-            }
-            Optimizer::Sgd { momentum, nesterov } => {
-                g.push(Sgd { lr_scale, weight_decay, momentum, nesterov, clip }, &operands)?
-            }
+            Optimizer::AdamW { beta1, beta2, eps } => g.push(
+                AdamW {
+                    lr_scale,
+                    weight_decay,
+                    beta1,
+                    beta2,
+                    eps,
+                    decoupled: true,
+                    clip,
+                },
+                &operands,
+            )?,
+            Optimizer::Adam { beta1, beta2, eps } => g.push(
+                AdamW {
+                    lr_scale,
+                    weight_decay,
+                    beta1,
+                    beta2,
+                    eps,
+                    decoupled: false,
+                    clip,
+                },
+                &operands,
+            )?,
+            Optimizer::Sgd { momentum, nesterov } => g.push(
+                Sgd {
+                    lr_scale,
+                    weight_decay,
+                    momentum,
+                    nesterov,
+                    clip,
+                },
+                &operands,
+            )?,
         };
         if spec.accumulate > 1 {
             g.push(Fill0, &[s.grad])?;

@@ -76,7 +76,7 @@ impl Act {
             }
             Act::GeluTanh => {
                 let t = tanh_f32(gelu_inner_f32(x));
-                let inner = 0.797_884_56 * (1.0 + 3.0 * 0.044_715 * x * x);
+                let inner = 0.797_884_6 * (1.0 + 3.0 * 0.044_715 * x * x);
                 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * inner
             }
         }
@@ -104,7 +104,7 @@ fn gelu_inner(x: f64) -> f64 {
 
 #[inline(always)]
 fn gelu_inner_f32(x: f32) -> f32 {
-    0.797_884_56 * (x + 0.044_715 * x * x * x)
+    0.797_884_6 * (x + 0.044_715 * x * x * x)
 }
 
 /// erf in float64: the Maclaurin series near zero, the continued fraction of erfc further out (Abramowitz & Stegun
@@ -139,7 +139,7 @@ pub fn erf_f32(x: f32) -> f32 {
     let s = x * x;
     // Odd Taylor series to x^15: truncation below 2e-7 for |x| < 1.
     let small = x
-        * (1.128_379_2
+        * (std::f32::consts::FRAC_2_SQRT_PI
             + s * (-0.376_126_4
                 + s * (0.112_837_92
                     + s * (-0.026_866_17
@@ -155,7 +155,7 @@ pub fn erf_f32(x: f32) -> f32 {
                 + t * (0.096_784_18
                     + t * (-0.186_288_06
                         + t * (0.278_868_07
-                            + t * (-1.135_203_9
+                            + t * (-1.135_204
                                 + t * (1.488_515_9 + t * (-0.822_152_23 + t * 0.170_872_77))))))));
     let large = (1.0 - t * exp_f32(p - s)).copysign(x);
     if a < 1.0 { small } else { large }

@@ -190,7 +190,7 @@ pub fn compare(tensor: &str, got: &[f64], want: &[f64], tolerance: f64) -> Findi
         } else {
             (g - w).abs() / (tolerance * (rms + w.abs()) + 1e-30)
         };
-        if !(ratio <= worst.worst) {
+        if ratio.is_nan() || ratio > worst.worst {
             worst = Finding {
                 tensor: tensor.into(),
                 worst: ratio,

@@ -38,11 +38,21 @@ pub struct Position {
 ///
 /// # Errors
 /// The file cannot be written; the one before stays.
-pub fn write_resume(path: &Path, exec: &mut dyn Exec, update: &Update, at: &Position, config: &str) -> Result<()> {
+pub fn write_resume(
+    path: &Path,
+    exec: &mut dyn Exec,
+    update: &Update,
+    at: &Position,
+    config: &str,
+) -> Result<()> {
     let graph = exec.graph().clone();
     let mut tensors = vec![];
     for p in graph.params.iter().filter(|p| p.buffer || !p.trainable) {
-        tensors.push((format!("param/{}", p.name), graph.shape(p.tid).to_vec(), exec.read(p.tid)?));
+        tensors.push((
+            format!("param/{}", p.name),
+            graph.shape(p.tid).to_vec(),
+            exec.read(p.tid)?,
+        ));
     }
     for slab in &update.slabs {
         for (kind, t) in std::iter::once(("param", slab.param)).chain(slab.state.iter().copied()) {
@@ -50,13 +60,23 @@ pub fn write_resume(path: &Path, exec: &mut dyn Exec, update: &Update, at: &Posi
             for &(i, offset) in &slab.members {
                 let p = &graph.params[i];
                 let values = all[offset..offset + graph.spec(p.tid).len()].to_vec();
-                tensors.push((format!("{kind}/{}", p.name), graph.shape(p.tid).to_vec(), values));
+                tensors.push((
+                    format!("{kind}/{}", p.name),
+                    graph.shape(p.tid).to_vec(),
+                    values,
+                ));
             }
         }
     }
-    let tensors: Vec<SaveTensor> = tensors.into_iter().map(|(n, s, v)| SaveTensor::f32(n, &s, v)).collect();
+    let tensors: Vec<SaveTensor> = tensors
+        .into_iter()
+        .map(|(n, s, v)| SaveTensor::f32(n, &s, v))
+        .collect();
     let position = serde_json::to_string(at).map_err(|e| Error::run(e.to_string()))?;
-    let metadata = BTreeMap::from([("position".to_string(), position), ("config".to_string(), config.to_string())]);
+    let metadata = BTreeMap::from([
+        ("position".to_string(), position),
+        ("config".to_string(), config.to_string()),
+    ]);
     save(path, &tensors, &metadata, FloatFormat::F32)
 }
 
@@ -65,10 +85,18 @@ pub fn write_resume(path: &Path, exec: &mut dyn Exec, update: &Update, at: &Posi
 /// # Errors
 /// The file is not one of ours.
 pub fn read_position(file: &WeightFile) -> Result<(Position, String)> {
-    let not_ours = || Error::input(format!("{} is not a checkpoint to resume from", file.path().display()));
+    let not_ours = || {
+        Error::input(format!(
+            "{} is not a checkpoint to resume from",
+            file.path().display()
+        ))
+    };
     let position = file.metadata().get("position").ok_or_else(not_ours)?;
     let position = serde_json::from_str(position).map_err(|_| not_ours())?;
-    Ok((position, file.metadata().get("config").cloned().unwrap_or_default()))
+    Ok((
+        position,
+        file.metadata().get("config").cloned().unwrap_or_default(),
+    ))
 }
 
 /// Puts the parameters and the optimizer state of a file of [`write_resume`] back.

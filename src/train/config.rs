@@ -160,11 +160,18 @@ impl TrainConfig {
     /// # Errors
     /// Malformed TOML, an unknown key, a value of the wrong type.
     pub fn parse(text: &str) -> Result<Self> {
-        let table: toml::Table = text.parse().map_err(|e: toml::de::Error| Error::input(e.message().to_string()))?;
-        let known = toml::Table::try_from(Self { init: Some(PathBuf::new()), ..Self::default() })
-            .map_err(|e| Error::run(e.to_string()))?;
+        let table: toml::Table = text
+            .parse()
+            .map_err(|e: toml::de::Error| Error::input(e.message().to_string()))?;
+        let known = toml::Table::try_from(Self {
+            init: Some(PathBuf::new()),
+            ..Self::default()
+        })
+        .map_err(|e| Error::run(e.to_string()))?;
         unknown_key(&table, &known, "")?;
-        table.try_into().map_err(|e: toml::de::Error| Error::input(e.message().to_string()))
+        table
+            .try_into()
+            .map_err(|e: toml::de::Error| Error::input(e.message().to_string()))
     }
 
     /// Reads a file.
@@ -200,10 +207,15 @@ impl TrainConfig {
             if v >= low && v <= high {
                 return Ok(());
             }
-            Err(Error::input(format!("{name} is {v}; give a number from {low} to {high}")))
+            Err(Error::input(format!(
+                "{name} is {v}; give a number from {low} to {high}"
+            )))
         };
         if !(self.lr > 0.0 && self.lr.is_finite()) {
-            return Err(Error::input(format!("learning rate is {}; give a number above 0", self.lr)));
+            return Err(Error::input(format!(
+                "learning rate is {}; give a number above 0",
+                self.lr
+            )));
         }
         range("lowest learning rate", self.min_lr, 0.0, self.lr)?;
         range("weight decay", self.weight_decay, 0.0, 1e3)?;
@@ -211,9 +223,19 @@ impl TrainConfig {
         range("beta1", self.beta1, 0.0, 0.9999)?;
         range("beta2", self.beta2, 0.0, 0.999_999)?;
         range("eps", self.eps, 1e-30, 1.0)?;
-        range("warm-up epochs", self.warmup_epochs, 0.0, self.epochs as f64)?;
+        range(
+            "warm-up epochs",
+            self.warmup_epochs,
+            0.0,
+            self.epochs as f64,
+        )?;
         range("gamma", self.gamma, 0.0, 1.0)?;
-        range("label smoothing", f64::from(self.label_smoothing), 0.0, 0.999)?;
+        range(
+            "label smoothing",
+            f64::from(self.label_smoothing),
+            0.0,
+            0.999,
+        )?;
         range("focal exponent", f64::from(self.focal), 0.0, 10.0)?;
         range("gradient clipping", self.clip, 0.0, 1e9)?;
         range("dropout", f64::from(self.dropout), 0.0, 0.99)?;
@@ -232,7 +254,14 @@ impl TrainConfig {
 
     /// The update rule with its constants.
     pub fn optimizer(&self) -> Optimizer {
-        let &TrainConfig { beta1, beta2, eps, momentum, nesterov, .. } = self;
+        let &TrainConfig {
+            beta1,
+            beta2,
+            eps,
+            momentum,
+            nesterov,
+            ..
+        } = self;
         match self.optimizer {
             OptimizerName::Adamw => Optimizer::AdamW { beta1, beta2, eps },
             OptimizerName::Adam => Optimizer::Adam { beta1, beta2, eps },
@@ -243,7 +272,10 @@ impl TrainConfig {
     /// The learning rate of update `step` (from 0) with `per_epoch` updates an epoch.
     pub fn lr_at(&self, step: u64, per_epoch: u64) -> f64 {
         let per_epoch = per_epoch.max(1);
-        let (warm, total) = (self.warmup_epochs * per_epoch as f64, (self.epochs * per_epoch) as f64);
+        let (warm, total) = (
+            self.warmup_epochs * per_epoch as f64,
+            (self.epochs * per_epoch) as f64,
+        );
         let at = step as f64;
         if at < warm {
             return self.lr * (at + 1.0) / (warm + 1.0);
@@ -252,9 +284,15 @@ impl TrainConfig {
             Schedule::Constant => self.lr,
             Schedule::Cosine => {
                 let done = ((at - warm) / (total - warm).max(1.0)).min(1.0);
-                self.min_lr + 0.5 * (self.lr - self.min_lr) * (1.0 + (std::f64::consts::PI * done).cos())
+                self.min_lr
+                    + 0.5 * (self.lr - self.min_lr) * (1.0 + (std::f64::consts::PI * done).cos())
             }
-            Schedule::Step => self.lr * self.gamma.powi((step / per_epoch / self.step_epochs.max(1)) as i32),
+            Schedule::Step => {
+                self.lr
+                    * self
+                        .gamma
+                        .powi((step / per_epoch / self.step_epochs.max(1)) as i32)
+            }
         }
     }
 }
@@ -267,8 +305,13 @@ fn unknown_key(table: &toml::Table, known: &toml::Table, prefix: &str) -> Result
             }
             (Some(_), _) => {}
             (None, _) => {
-                let nearest = known.keys().min_by_key(|c| distance(c, k)).map_or("", String::as_str);
-                return Err(Error::input(format!("unknown key `{prefix}{k}`; the nearest known one is `{prefix}{nearest}`")));
+                let nearest = known
+                    .keys()
+                    .min_by_key(|c| distance(c, k))
+                    .map_or("", String::as_str);
+                return Err(Error::input(format!(
+                    "unknown key `{prefix}{k}`; the nearest known one is `{prefix}{nearest}`"
+                )));
             }
         }
     }
@@ -297,30 +340,65 @@ mod tests {
 
     #[test]
     fn round_trips_and_names_the_nearest_key() {
-        let c = TrainConfig { init: Some("w.safetensors".into()), lr: 0.02, ..Default::default() };
+        let c = TrainConfig {
+            init: Some("w.safetensors".into()),
+            lr: 0.02,
+            ..Default::default()
+        };
         assert_eq!(TrainConfig::parse(&c.to_toml().unwrap()).unwrap(), c);
         let e = TrainConfig::parse("epocs = 3").unwrap_err().to_string();
         assert!(e.contains("`epocs`") && e.contains("`epochs`"), "{e}");
-        let e = TrainConfig::parse("[augment]\nhflipp = true").unwrap_err().to_string();
+        let e = TrainConfig::parse("[augment]\nhflipp = true")
+            .unwrap_err()
+            .to_string();
         assert!(e.contains("`augment.hflip`"), "{e}");
         assert!(TrainConfig::parse("epochs = \"many\"").is_err());
     }
 
     #[test]
     fn rates_follow_the_schedule() {
-        let c = TrainConfig { epochs: 10, warmup_epochs: 1.0, lr: 1.0, ..Default::default() };
-        assert!(c.lr_at(0, 100) < 0.02 && (c.lr_at(100, 100) - 1.0).abs() < 1e-9 && c.lr_at(999, 100) < 1e-4);
-        let c = TrainConfig { schedule: Schedule::Step, step_epochs: 3, gamma: 0.1, lr: 1.0, ..Default::default() };
-        assert!((c.lr_at(299, 100) - 1.0).abs() < 1e-12 && (c.lr_at(600, 100) - 0.01).abs() < 1e-12);
+        let c = TrainConfig {
+            epochs: 10,
+            warmup_epochs: 1.0,
+            lr: 1.0,
+            ..Default::default()
+        };
+        assert!(
+            c.lr_at(0, 100) < 0.02
+                && (c.lr_at(100, 100) - 1.0).abs() < 1e-9
+                && c.lr_at(999, 100) < 1e-4
+        );
+        let c = TrainConfig {
+            schedule: Schedule::Step,
+            step_epochs: 3,
+            gamma: 0.1,
+            lr: 1.0,
+            ..Default::default()
+        };
+        assert!(
+            (c.lr_at(299, 100) - 1.0).abs() < 1e-12 && (c.lr_at(600, 100) - 0.01).abs() < 1e-12
+        );
     }
 
     #[test]
     fn what_cannot_run_is_refused() {
         for c in [
-            TrainConfig { batch_size: 0, ..Default::default() },
-            TrainConfig { lr: 0.0, ..Default::default() },
-            TrainConfig { lr: f64::NAN, ..Default::default() },
-            TrainConfig { weight_decay: f64::NAN, ..Default::default() },
+            TrainConfig {
+                batch_size: 0,
+                ..Default::default()
+            },
+            TrainConfig {
+                lr: 0.0,
+                ..Default::default()
+            },
+            TrainConfig {
+                lr: f64::NAN,
+                ..Default::default()
+            },
+            TrainConfig {
+                weight_decay: f64::NAN,
+                ..Default::default()
+            },
         ] {
             assert!(c.check().is_err(), "{c:?}");
         }

@@ -47,16 +47,31 @@ impl Evaluator {
     ///
     /// # Errors
     /// The model does not take that size or has no classifier, or the backend cannot run it.
-    pub fn new(backend: &dyn Backend, model: &Model, options: &ModelOptions, size: usize, batch: usize) -> Result<Self> {
+    pub fn new(
+        backend: &dyn Backend,
+        model: &Model,
+        options: &ModelOptions,
+        size: usize,
+        batch: usize,
+    ) -> Result<Self> {
         let mut net = model.net(batch, (size, size), Mode::default(), options)?;
         let Some(logits) = net.heads.logits else {
-            return Err(Error::input(format!("{} has no classifier to evaluate", model.id)));
+            return Err(Error::input(format!(
+                "{} has no classifier to evaluate",
+                model.id
+            )));
         };
         net.graph.keep(logits);
         let classes = net.graph.spec(logits).channels();
         fuse(&mut net.graph, Purpose::Inference)?;
         let exec = backend.compile(Arc::new(net.graph), &CompileOptions::default())?;
-        Ok(Evaluator { exec, input: net.input, logits, batch, classes })
+        Ok(Evaluator {
+            exec,
+            input: net.input,
+            logits,
+            batch,
+            classes,
+        })
     }
 
     /// Sets every parameter and running statistic, in the graph's order.
@@ -78,7 +93,12 @@ impl Evaluator {
     ///
     /// # Errors
     /// Too many unreadable images, a label out of range, or the device is lost; [`Error::Run`] when `stop` is set.
-    pub fn run(&mut self, images: Arc<Images>, label: &str, stop: Option<&AtomicBool>) -> Result<Outcome> {
+    pub fn run(
+        &mut self,
+        images: Arc<Images>,
+        label: &str,
+        stop: Option<&AtomicBool>,
+    ) -> Result<Outcome> {
         let total = images.len();
         let mut loader = Loader::new(images, LoaderOptions::eval(self.batch))?;
         let mut evaluation = Evaluation::new(self.classes);
@@ -96,12 +116,21 @@ impl Evaluator {
             let labels = &batch.labels[..batch.valid];
             let valid = &logits[..batch.valid * self.classes];
             evaluation.add(valid, labels)?;
-            predictions.extend(valid.chunks(self.classes).zip(labels).map(|(row, &l)| prediction(row, l)));
+            predictions.extend(
+                valid
+                    .chunks(self.classes)
+                    .zip(labels)
+                    .map(|(row, &l)| prediction(row, l)),
+            );
             progress.step(batch.valid as u64, evaluation.loss(), evaluation.top1());
             loader.recycle(batch);
         }
         progress.finish("");
-        Ok(Outcome { evaluation, predictions, seconds: start.elapsed().as_secs_f64() })
+        Ok(Outcome {
+            evaluation,
+            predictions,
+            seconds: start.elapsed().as_secs_f64(),
+        })
     }
 }
 
@@ -109,7 +138,13 @@ fn prediction(row: &[f32], label: u32) -> Prediction {
     let (class, top) = row
         .iter()
         .enumerate()
-        .fold((0, f32::NEG_INFINITY), |best, (i, &v)| if v > best.1 { (i, v) } else { best });
+        .fold((0, f32::NEG_INFINITY), |best, (i, &v)| {
+            if v > best.1 { (i, v) } else { best }
+        });
     let sum: f32 = row.iter().map(|v| (v - top).exp()).sum();
-    Prediction { class: class as u32, probability: 1.0 / sum, label }
+    Prediction {
+        class: class as u32,
+        probability: 1.0 / sum,
+        label,
+    }
 }

@@ -1,6 +1,6 @@
 //! One training run: build, step, evaluate, checkpoint, report.
 
-use super::checkpoint::{Position, read_position, read_params, read_resume, write_resume};
+use super::checkpoint::{Position, read_params, read_position, read_resume, write_resume};
 use super::config::TrainConfig;
 use super::evaluate::{Evaluator, Outcome};
 use crate::backend::{Backend, CompileOptions, Exec};
@@ -84,7 +84,12 @@ struct Job<'a> {
 /// # Errors
 /// Bad settings, data or weights ([`Error::Input`]); a lost device, a full disk, a loss that is not finite or an
 /// interruption ([`Error::Run`]). The run directory keeps the last good checkpoint.
-pub fn train(config: &TrainConfig, backend: &dyn Backend, place: &RunPlace, stop: &AtomicBool) -> Result<RunReport> {
+pub fn train(
+    config: &TrainConfig,
+    backend: &dyn Backend,
+    place: &RunPlace,
+    stop: &AtomicBool,
+) -> Result<RunReport> {
     config.check()?;
     let model = models::find(&config.model)?;
     let init = config.init.as_ref().map(WeightFile::open).transpose()?;
@@ -107,7 +112,14 @@ pub fn train(config: &TrainConfig, backend: &dyn Backend, place: &RunPlace, stop
         None => sets.preprocess(size as u32),
     };
     let data = prepare(config, sets, preprocess)?;
-    let job = Job { config, model, options, size, backend, init };
+    let job = Job {
+        config,
+        model,
+        options,
+        size,
+        backend,
+        init,
+    };
     let mut program = job.compile(&data)?;
     let mut run = Run::open(config, place)?;
     if let Some((file, at)) = run.resumed.take() {
@@ -137,7 +149,10 @@ fn prepare(config: &TrainConfig, sets: data::Sets, preprocess: Preprocess) -> Re
         train = train.step_imbalance(config.step_imbalance, config.seed)?;
     }
     let limit = |s: Split, n: usize| if n > 0 { s.limit(n) } else { s };
-    let (train, test) = (limit(train, config.limit_train), limit(test, config.limit_test));
+    let (train, test) = (
+        limit(train, config.limit_train),
+        limit(test, config.limit_test),
+    );
     let classes = train.classes().to_vec();
     let counts = train.counts();
     let train = Images::prepare(&train, preprocess, data::PrepareOptions::default())?;
@@ -146,10 +161,20 @@ fn prepare(config: &TrainConfig, sets: data::Sets, preprocess: Preprocess) -> Re
     for (name, images) in [("training", &train), ("test", &test)] {
         let bad = images.bad();
         if let Some(first) = bad.first() {
-            notes.push(format!("{} {name} images could not be read and were left out, the first: {}", bad.len(), first.message));
+            notes.push(format!(
+                "{} {name} images could not be read and were left out, the first: {}",
+                bad.len(),
+                first.message
+            ));
         }
     }
-    Ok(RunData { train: Arc::new(train), test: Arc::new(test), classes, counts, notes })
+    Ok(RunData {
+        train: Arc::new(train),
+        test: Arc::new(test),
+        classes,
+        counts,
+        notes,
+    })
 }
 
 impl Job<'_> {
@@ -158,7 +183,10 @@ impl Job<'_> {
         let config = self.config;
         let n = config.batch_size;
         let mut g = crate::graph::Graph::new();
-        g.mode = Mode { batch_stats: true, random: true };
+        g.mode = Mode {
+            batch_stats: true,
+            random: true,
+        };
         let input = g.input("input", Spec::f32([n, self.size, self.size, 3]));
         let mut x = input;
         let (mut affine, mut fill) = (None, None);
@@ -170,10 +198,22 @@ impl Job<'_> {
         }
         let heads = self.model.build(&mut g, x, &self.options)?;
         let Some(logits) = heads.logits else {
-            return Err(Error::input(format!("{} has no classifier to train; give --classes", self.model.id)));
+            return Err(Error::input(format!(
+                "{} has no classifier to train; give --classes",
+                self.model.id
+            )));
         };
-        let mut net = models::Net { graph: g, input, heads, grid: self.model.grid(self.size, self.size) };
-        let loaded = self.init.as_ref().map(|f| load_net(&self.model, &net, f, config.replace_head)).transpose()?;
+        let mut net = models::Net {
+            graph: g,
+            input,
+            heads,
+            grid: self.model.grid(self.size, self.size),
+        };
+        let loaded = self
+            .init
+            .as_ref()
+            .map(|f| load_net(&self.model, &net, f, config.replace_head))
+            .transpose()?;
         let g = &mut net.graph;
         if config.freeze_backbone {
             for p in g.params.iter_mut().filter(|p| !is_classifier(&p.name)) {
@@ -181,8 +221,16 @@ impl Job<'_> {
             }
         }
         let labels = g.input("labels", Spec::u32([n]));
-        let weights = config.class_weights.then(|| g.input("class_weights", Spec::f32([data.classes.len()])));
-        let loss = g.softmax_ce(logits, labels, weights, config.label_smoothing, config.focal)?;
+        let weights = config
+            .class_weights
+            .then(|| g.input("class_weights", Spec::f32([data.classes.len()])));
+        let loss = g.softmax_ce(
+            logits,
+            labels,
+            weights,
+            config.label_smoothing,
+            config.focal,
+        )?;
         g.keep(loss);
         g.keep(logits);
         fuse(g, Purpose::Gradients)?;
@@ -200,7 +248,9 @@ impl Job<'_> {
         };
         let (params, rng) = (g.param_count().0, g.rng);
         let flops = g.flops(Phase::Forward) / n as u64;
-        let mut exec = self.backend.compile(Arc::new(net.graph), &CompileOptions::default())?;
+        let mut exec = self
+            .backend
+            .compile(Arc::new(net.graph), &CompileOptions::default())?;
         if let Some(f) = fill {
             exec.write(f, &data.train.preprocess().black())?;
         }
@@ -209,7 +259,19 @@ impl Job<'_> {
         }
         let from: Option<(&Loaded, &WeightFile)> = loaded.as_ref().zip(self.init.as_ref());
         write_parameters(exec.as_mut(), from, config.seed)?;
-        Ok(Program { exec, update, input, labels, affine, rng, loss, logits, names, params, flops })
+        Ok(Program {
+            exec,
+            update,
+            input,
+            labels,
+            affine,
+            rng,
+            loss,
+            logits,
+            names,
+            params,
+            flops,
+        })
     }
 
     /// What a weight file of this run says about itself, so that it can be used without its run directory.
@@ -220,17 +282,27 @@ impl Job<'_> {
             ("tilewright.model".to_string(), self.model.id.clone()),
             ("tilewright.data".to_string(), self.config.data.clone()),
             ("tilewright.size".to_string(), p.size.to_string()),
-            ("tilewright.mean".to_string(), json(serde_json::json!(p.mean))),
+            (
+                "tilewright.mean".to_string(),
+                json(serde_json::json!(p.mean)),
+            ),
             ("tilewright.std".to_string(), json(serde_json::json!(p.std))),
-            ("tilewright.classes".to_string(), json(serde_json::json!(data.classes))),
+            (
+                "tilewright.classes".to_string(),
+                json(serde_json::json!(data.classes)),
+            ),
         ]))
     }
 }
 
 /// Weights by the inverse of each class's count, mean 1 over the classes that occur.
 fn inverse_frequency(counts: &[usize]) -> Vec<f32> {
-    let inverse: Vec<f64> = counts.iter().map(|&c| if c > 0 { 1.0 / c as f64 } else { 0.0 }).collect();
-    let mean = inverse.iter().sum::<f64>() / counts.iter().filter(|&&c| c > 0).count().max(1) as f64;
+    let inverse: Vec<f64> = counts
+        .iter()
+        .map(|&c| if c > 0 { 1.0 / c as f64 } else { 0.0 })
+        .collect();
+    let mean =
+        inverse.iter().sum::<f64>() / counts.iter().filter(|&&c| c > 0).count().max(1) as f64;
     inverse.iter().map(|v| (v / mean) as f32).collect()
 }
 
@@ -254,8 +326,13 @@ impl Run {
         if place.resume && checkpoint.exists() {
             let file = WeightFile::open(&checkpoint)?;
             let (at, before) = read_position(&file)?;
-            let before = TrainConfig::parse(&before).map_err(|e| e.context(checkpoint.display()))?;
-            if (TrainConfig { epochs: config.epochs, ..before }) != *config {
+            let before =
+                TrainConfig::parse(&before).map_err(|e| e.context(checkpoint.display()))?;
+            if (TrainConfig {
+                epochs: config.epochs,
+                ..before
+            }) != *config
+            {
                 return Err(Error::input(format!(
                     "{} was made with another configuration; resume with the one in {}",
                     checkpoint.display(),
@@ -275,13 +352,26 @@ impl Run {
         let at = resumed.as_ref().map(|r| r.1.clone()).unwrap_or_default();
         let metrics = MetricsLog::open(&dir.join("metrics.csv"), at.epoch)?;
         let events = EventLog::open(&dir.join("events.jsonl"), at.step)?;
-        Ok(Run { dir, at: Position::default(), resumed, metrics, events, config: text })
+        Ok(Run {
+            dir,
+            at: Position::default(),
+            resumed,
+            metrics,
+            events,
+            config: text,
+        })
     }
 
     fn save(&mut self, program: &mut Program) -> Result<()> {
         self.events.sync()?;
         let path = self.dir.join("checkpoints/resume.safetensors");
-        write_resume(&path, program.exec.as_mut(), &program.update, &self.at, &self.config)
+        write_resume(
+            &path,
+            program.exec.as_mut(),
+            &program.update,
+            &self.at,
+            &self.config,
+        )
     }
 
     /// Trains to the end and returns the last evaluation.
@@ -319,7 +409,13 @@ impl Run {
             let row = self.row(config, batches, &result, clock.elapsed().as_secs_f64());
             eprintln!(
                 "epoch {}/{}  train loss {:.4}  top-1 {:.2} %  |  test loss {:.4}  top-1 {:.2} %  |  {:.0} images/s",
-                row.epoch, config.epochs, row.train_loss, row.train_top1, row.val_loss, row.val_top1, row.images_per_second
+                row.epoch,
+                config.epochs,
+                row.train_loss,
+                row.train_top1,
+                row.val_loss,
+                row.val_top1,
+                row.images_per_second
             );
             self.metrics.append(&row)?;
             let better = top1 > self.at.best || self.at.epoch == 0;
@@ -335,7 +431,14 @@ impl Run {
             for name in std::iter::once("last").chain(better.then_some("best")) {
                 let path = self.dir.join(format!("checkpoints/{name}.safetensors"));
                 let steps = self.at.step as i64;
-                program.names.save(&path, &graph, values.clone(), steps, &metadata, FloatFormat::F32)?;
+                program.names.save(
+                    &path,
+                    &graph,
+                    values.clone(),
+                    steps,
+                    &metadata,
+                    FloatFormat::F32,
+                )?;
             }
             self.save(program)?;
             outcome = Some(result);
@@ -350,7 +453,13 @@ impl Run {
         }
     }
 
-    fn row(&self, config: &TrainConfig, batches: u64, result: &Outcome, evaluation: f64) -> EpochRow {
+    fn row(
+        &self,
+        config: &TrainConfig,
+        batches: u64,
+        result: &Outcome,
+        evaluation: f64,
+    ) -> EpochRow {
         let at = &self.at;
         EpochRow {
             epoch: at.epoch + 1,
@@ -359,7 +468,10 @@ impl Run {
             val_loss: result.evaluation.loss(),
             val_top1: result.evaluation.top1(),
             val_top5: result.evaluation.top5(),
-            lr: config.lr_at(at.step.saturating_sub(1), batches / config.accumulate as u64),
+            lr: config.lr_at(
+                at.step.saturating_sub(1),
+                batches / config.accumulate as u64,
+            ),
             images_per_second: at.images as f64 / at.seconds.max(1e-9),
             seconds: at.seconds + evaluation,
         }
@@ -375,7 +487,10 @@ impl Run {
         stop: &AtomicBool,
     ) -> Result<()> {
         let per_epoch = batches / config.accumulate as u64;
-        let mut progress = Progress::new(&format!("epoch {}/{}", self.at.epoch + 1, config.epochs), batches - self.at.batch);
+        let mut progress = Progress::new(
+            &format!("epoch {}/{}", self.at.epoch + 1, config.epochs),
+            batches - self.at.batch,
+        );
         let mut saved = Instant::now();
         while self.at.batch < batches {
             let clock = Instant::now();
@@ -392,12 +507,23 @@ impl Run {
             }
             let number = self.at.epoch * batches + self.at.batch;
             if let Some(rng) = program.rng {
-                exec.write_u32(rng, &[config.seed as u32, (config.seed >> 32) as u32, number as u32, 0])?;
+                exec.write_u32(
+                    rng,
+                    &[
+                        config.seed as u32,
+                        (config.seed >> 32) as u32,
+                        number as u32,
+                        0,
+                    ],
+                )?;
             }
             let update = (self.at.batch + 1).is_multiple_of(config.accumulate as u64);
             let lr = config.lr_at(self.at.step, per_epoch);
             if update {
-                exec.write(program.update.hyper, &program.update.hyper_values(self.at.step + 1, lr))?;
+                exec.write(
+                    program.update.hyper,
+                    &program.update.hyper_values(self.at.step + 1, lr),
+                )?;
                 exec.run(&[Phase::Forward, Phase::Backward, Phase::Optimizer])?;
             } else {
                 exec.run(&[Phase::Forward, Phase::Backward])?;
@@ -426,13 +552,26 @@ impl Run {
             let top1 = 100.0 * right as f64 / batch.valid.max(1) as f64;
             if update {
                 at.step += 1;
-                let event = StepEvent { step: at.step, epoch: at.epoch + 1, loss, top1, lr, grad_norm: norm, seconds: clock.elapsed().as_secs_f64() };
+                let event = StepEvent {
+                    step: at.step,
+                    epoch: at.epoch + 1,
+                    loss,
+                    top1,
+                    lr,
+                    grad_norm: norm,
+                    seconds: clock.elapsed().as_secs_f64(),
+                };
                 self.events.append(&event)?;
             }
-            progress.step(batch.valid as u64, self.at.loss_sum / self.at.batch as f64, top1);
+            progress.step(
+                batch.valid as u64,
+                self.at.loss_sum / self.at.batch as f64,
+                top1,
+            );
             loader.recycle(batch);
             let stopped = stop.load(Ordering::Relaxed);
-            if update && self.at.batch < batches && (stopped || saved.elapsed() > CHECKPOINT_EVERY) {
+            if update && self.at.batch < batches && (stopped || saved.elapsed() > CHECKPOINT_EVERY)
+            {
                 self.save(program)?;
                 saved = Instant::now();
             }
@@ -472,7 +611,10 @@ impl Run {
             flops: Some(program.flops),
             epochs: read_metrics(&self.dir.join("metrics.csv"))?,
             samples: samples(&data.test, &last, &data.classes)?,
-            eval: Some(last.evaluation.finish(subject, &data.classes, last.seconds)?),
+            eval: Some(
+                last.evaluation
+                    .finish(subject, &data.classes, last.seconds)?,
+            ),
             config: self.config.clone(),
             command: place.command.clone(),
             provenance: provenance(job.backend, config.seed),
@@ -493,10 +635,18 @@ impl Run {
 /// Rows of `[rows, classes]` logits whose largest is at the label. NaN is never right.
 fn count_right(logits: &[f32], labels: &[u32], classes: usize) -> usize {
     let right = |(row, &label): (&[f32], &u32)| {
-        let Some(&own) = row.get(label as usize) else { return false };
-        row.iter().enumerate().all(|(i, &v)| v < own || (v == own && i >= label as usize))
+        let Some(&own) = row.get(label as usize) else {
+            return false;
+        };
+        row.iter()
+            .enumerate()
+            .all(|(i, &v)| v < own || (v == own && i >= label as usize))
     };
-    logits.chunks(classes).zip(labels).filter(|&r| right(r)).count()
+    logits
+        .chunks(classes)
+        .zip(labels)
+        .filter(|&r| right(r))
+        .count()
 }
 
 /// Predictions to look at: the most confident mistakes first, then right ones.
@@ -505,9 +655,14 @@ fn samples(images: &Images, outcome: &Outcome, classes: &[String]) -> Result<Vec
     let p = &outcome.predictions;
     order.sort_by(|&a, &b| {
         let key = |i: usize| (p[i].class == p[i].label, -p[i].probability);
-        key(a).partial_cmp(&key(b)).unwrap_or(std::cmp::Ordering::Equal)
+        key(a)
+            .partial_cmp(&key(b))
+            .unwrap_or(std::cmp::Ordering::Equal)
     });
-    let wrong = order.iter().take_while(|&&i| p[i].class != p[i].label).count();
+    let wrong = order
+        .iter()
+        .take_while(|&&i| p[i].class != p[i].label)
+        .count();
     let mistakes = order.iter().take(wrong.min(SAMPLES / 2));
     // Right ones by position, not by confidence: a fair look.
     let right = (0..p.len()).filter(|&i| p[i].class == p[i].label);
@@ -520,7 +675,15 @@ fn samples(images: &Images, outcome: &Outcome, classes: &[String]) -> Result<Vec
         let q = p[i];
         let right = q.class == q.label;
         let made = images.with_square(i, &mut scratch, |rgb| {
-            Sample::new(rgb, side, side, name(q.label), name(q.class), right, f64::from(q.probability))
+            Sample::new(
+                rgb,
+                side,
+                side,
+                name(q.label),
+                name(q.class),
+                right,
+                f64::from(q.probability),
+            )
         })?;
         out.extend(made.transpose()?);
     }
