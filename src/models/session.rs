@@ -86,7 +86,7 @@ pub fn write_parameters(
 /// Finds the weights of a built net in `file`.
 ///
 /// # Errors
-/// As [`load`].
+/// As [`load()`].
 pub fn load_net(model: &Model, net: &Net, file: &WeightFile, replace_head: bool) -> Result<Loaded> {
     let options = LoadOptions {
         replace_head,

@@ -2,7 +2,7 @@
 //! Stochastic Depth") per sample, both scaled by `1 / (1 - p)`.
 //!
 //! The numbers are Philox4x32-10 of the counter `(i / 4, 0, id, step)` and the key `seed`; element (or sample) `i`
-//! takes word `i % 4` and is kept where its [`unit`] is at least p. The backward pass draws the same numbers again, so
+//! takes word `i % 4` and is kept where its [`unit()`] is at least p. The backward pass draws the same numbers again, so
 //! nothing is saved, and every backend draws the same ones.
 
 use super::{Case, Cost, Fill, Host, Op, Room, traffic};

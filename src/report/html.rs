@@ -108,7 +108,7 @@ impl RunReport {
     /// The page.
     ///
     /// # Errors
-    /// [`Error::Input`] where parts of the report contradict each other (a matrix without classes).
+    /// [`crate::Error`] where parts of the report contradict each other (a matrix without classes).
     pub fn to_html(&self) -> Result<String> {
         let about = format!(
             "<p class=\"soft\">{} on {}{}</p>\n",

@@ -381,7 +381,7 @@ impl FileNames {
     /// Writes [`export`](Self::export) to `path`, whole or not at all.
     ///
     /// # Errors
-    /// As [`save`].
+    /// As [`save()`].
     pub fn save(
         &self,
         path: &Path,

@@ -2,12 +2,12 @@
 //!
 //! Two loops, both `C[mr, nr] = sum over k of A[:, k] * B[k, :]` with the whole tile in registers:
 //!
-//! - [`Rows`]: A is contiguous along k; each row has its own offset, so a row may be a matrix row or the
+//! - `Rows`: A is contiguous along k; each row has its own offset, so a row may be a matrix row or the
 //!   receptive field of an output pixel (implicit GEMM without an A pack). B is a packed panel.
-//! - [`Outer`]: A is contiguous along the tile's rows (transposed or packed), and each step of k finds its B row
+//! - `Outer`: A is contiguous along the tile's rows (transposed or packed), and each step of k finds its B row
 //!   through a table of offsets, so B may be a packed panel or input pixels (the weight gradient).
 //!
-//! Both leave the sums in a buffer of `[mr, nr]` floats; [`Kernels::finish`] adds and stores them.
+//! Both leave the sums in a buffer of `[mr, nr]` floats; `Kernels::finish` adds and stores them.
 //! A sum runs over k in order whatever the tile's size, so tiling never changes the bits.
 
 use super::epilogue::{Finish, finish};

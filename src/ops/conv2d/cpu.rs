@@ -18,13 +18,14 @@ mod blocks;
 mod wgrad;
 mod winograd;
 
-use super::shape::ConvShape;
+use super::shape::{Algorithm, ConvShape};
 use crate::backend::cpu::gemm::{Mat, PackedB, column_sums, gemm, gemm_packed};
 use crate::backend::cpu::kernel::{Kernels, MAX_MR, MAX_NR, Rows, kernels};
 use crate::backend::cpu::pack::{pack_panel_cols, pack_panel_rows, packed_len};
 use crate::backend::cpu::parallel::{Shared, parallel_for, part};
 use crate::backend::cpu::scratch::{with_floats, with_indices};
 use crate::backend::cpu::{Activation, Epilogue, Finish, RawEpilogue};
+use crate::{Error, Result};
 use blocks::{Blocks, Window, trim};
 use std::ops::Range;
 use wgrad::{PARTIAL_FLOATS, wgrad_with};
@@ -118,9 +119,20 @@ pub fn fprop_packed(
     }
 }
 
-/// Algorithms that the shape chooses between: [`variant`].
-pub fn variants() -> &'static [&'static str] {
-    &["product", "implicit_gemm", "winograd_4x4"]
+/// Names of the variants; `auto` is the faster of the others.
+pub const VARIANTS: &[&str] = &["auto", "implicit_gemm", "winograd_4x4"];
+
+/// What a variant's name stands for.
+pub(super) fn algorithm(variant: Option<&str>) -> Result<Algorithm> {
+    match variant {
+        None | Some("auto") => Ok(Algorithm::Auto),
+        Some("implicit_gemm") => Ok(Algorithm::ImplicitGemm),
+        Some("winograd_4x4") => Ok(Algorithm::Winograd),
+        Some(other) => Err(Error::input(format!(
+            "conv2d has no variant {other:?} on cpu: {}",
+            VARIANTS.join(", ")
+        ))),
+    }
 }
 
 /// The algorithm that [`fprop`], [`dgrad`] (with `dgrad`) and [`wgrad`] use for this shape.

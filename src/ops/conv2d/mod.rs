@@ -12,8 +12,7 @@ pub use shape::ConvShape;
 
 use super::act::{Act, ActBwd};
 use super::{Case, Cost, Host, Op, Room, traffic};
-use crate::backend::cpu::gemm::{Mat, PackedB, gemm_packed};
-use crate::backend::cpu::{Activation, CpuCx, CpuKernel, Epilogue};
+use crate::backend::cpu::{CpuCx, CpuKernel};
 use crate::backend::wgpu::{Arg, WgpuCx};
 use crate::graph::autodiff::{Backward, Fwd};
 use crate::graph::{Graph, Init, Layout, Spec, Tid};
@@ -153,37 +152,14 @@ impl Op for Conv2d {
     }
 
     fn cpu(&self, cx: &mut CpuCx) -> Result<CpuKernel> {
-        let (s, op) = (self.shape(cx.x), *self);
+        let op = *self;
+        let s = ConvShape {
+            algorithm: cpu::algorithm(cx.variant)?,
+            ..self.shape(cx.x)
+        };
         if cx.constant(1) {
             cx.release(1);
             // The weights do not change: packed at the first run, and the plain copy's memory given back.
-            if s.is_matrix_product() {
-                let packed: OnceLock<PackedB> = OnceLock::new();
-                return Ok(Box::new(move |a| {
-                    let w =
-                        packed.get_or_init(|| PackedB::new(s.c, s.k, Mat::transposed(a.x(1), s.c)));
-                    let activation = if op.relu {
-                        Activation::Relu
-                    } else {
-                        Activation::None
-                    };
-                    let ep = Epilogue {
-                        bias: a.x_if(op.bias, 2),
-                        addend: a.x_if(op.residual, 2 + usize::from(op.bias)),
-                        activation,
-                        preact: None,
-                    };
-                    gemm_packed(
-                        s.n * s.h * s.w,
-                        Mat::new(a.x(0), s.c),
-                        w,
-                        a.y(0),
-                        s.k,
-                        false,
-                        ep,
-                    );
-                }));
-            }
             let packed: OnceLock<cpu::PackedFilter> = OnceLock::new();
             return Ok(Box::new(move |a| {
                 let w = packed.get_or_init(|| cpu::PackedFilter::new(&s, a.x(1)));
@@ -214,6 +190,10 @@ impl Op for Conv2d {
         };
         let s = self.shape(cx.x);
         wgpu::fprop(cx, &s, Arg::In(0), Arg::In(1), Arg::Out(0), ep)
+    }
+
+    fn cpu_variants(&self) -> &'static [&'static str] {
+        cpu::VARIANTS
     }
 
     fn wgpu_variants(&self) -> &'static [&'static str] {
@@ -291,7 +271,11 @@ impl Op for Conv2dDgrad {
     }
 
     fn cpu(&self, cx: &mut CpuCx) -> Result<CpuKernel> {
-        let (s, op) = (self.shape(cx.x).expect("checked by the shape rule"), *self);
+        let op = *self;
+        let s = ConvShape {
+            algorithm: cpu::algorithm(cx.variant)?,
+            ..self.shape(cx.x).map_err(crate::Error::run)?
+        };
         Ok(Box::new(move |a| {
             cpu::dgrad(&s, a.x(0), a.x(1), a.x_if(op.addend, 2), a.y(0))
         }))
@@ -301,6 +285,10 @@ impl Op for Conv2dDgrad {
         let s = self.shape(cx.x).map_err(crate::Error::run)?;
         let addend = self.addend.then_some(Arg::In(2));
         wgpu::dgrad(cx, &s, Arg::In(0), Arg::In(1), Arg::Out(0), addend)
+    }
+
+    fn cpu_variants(&self) -> &'static [&'static str] {
+        cpu::VARIANTS
     }
 
     fn wgpu_variants(&self) -> &'static [&'static str] {
@@ -373,10 +361,11 @@ impl Op for Conv2dWgrad {
     }
 
     fn cpu(&self, cx: &mut CpuCx) -> Result<CpuKernel> {
-        let (s, bias) = (
-            self.shape(cx.x).expect("checked by the shape rule"),
-            self.bias,
-        );
+        let bias = self.bias;
+        let s = ConvShape {
+            algorithm: cpu::algorithm(cx.variant)?,
+            ..self.shape(cx.x).map_err(crate::Error::run)?
+        };
         Ok(Box::new(move |a| {
             cpu::wgrad(&s, a.x(0), a.x(1), a.y(0), false);
             if bias {
@@ -392,6 +381,10 @@ impl Op for Conv2dWgrad {
             wgpu::column_sums(cx, Arg::In(1), Arg::Out(1), s.n * s.ho * s.wo, s.k)?;
         }
         Ok(())
+    }
+
+    fn cpu_variants(&self) -> &'static [&'static str] {
+        cpu::VARIANTS
     }
 
     fn wgpu_variants(&self) -> &'static [&'static str] {

@@ -2,6 +2,18 @@
 
 use crate::error::{Error, Result};
 
+/// How the CPU computes a convolution where there is a choice.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Algorithm {
+    /// The faster one.
+    #[default]
+    Auto,
+    /// Every product of the definition: the smallest rounding errors.
+    ImplicitGemm,
+    /// Winograd's wherever it is possible: fewer products, rounding errors some ten times larger.
+    Winograd,
+}
+
 /// Sizes of a convolution: input `[n, h, w, c]`, weights `[k, r, s, c / groups]`, output `[n, ho, wo, k]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ConvShape {
@@ -19,6 +31,8 @@ pub struct ConvShape {
     pub groups: usize,
     pub ho: usize,
     pub wo: usize,
+    /// What the CPU kernels compute it by.
+    pub algorithm: Algorithm,
 }
 
 impl ConvShape {
@@ -63,6 +77,7 @@ impl ConvShape {
             groups,
             ho,
             wo,
+            algorithm: Algorithm::Auto,
         })
     }
 

@@ -6,7 +6,7 @@ use crate::backend::wgpu::launch::MAX_GROUPS;
 use crate::backend::wgpu::{Arg, Launch, WgpuCx, fold};
 use crate::{Error, Result};
 
-/// Names of the kernel variants; the first stands for the rule in [`lanes`].
+/// Names of the kernel variants; the first stands for the rule in `lanes`.
 pub const VARIANTS: &[&str] = &["auto", "lanes", "tile"];
 
 /// What happens to a sum before it is stored.

@@ -16,7 +16,7 @@ use crate::backend::cpu::winograd::{
     Input, Output, OutputGrad, POSITIONS, TILE, Weights, WeightsGrad,
 };
 use crate::backend::cpu::{Activation, Finish, RawEpilogue};
-use crate::ops::conv2d::ConvShape;
+use crate::ops::conv2d::shape::{Algorithm, ConvShape};
 use std::ops::Range;
 
 /// Floats of V and M that a task keeps in its L2 cache.
@@ -36,6 +36,7 @@ pub(super) struct Winograd {
     w: usize,
     c: usize,
     k: usize,
+    algorithm: Algorithm,
     ho: usize,
     wo: usize,
     pad: [usize; 2],
@@ -55,6 +56,7 @@ impl Winograd {
             ho,
             wo,
             pad,
+            algorithm,
             ..
         } = *s;
         (whole && vectors && pad[0] <= 2 && pad[1] <= 2).then_some(Winograd {
@@ -64,6 +66,7 @@ impl Winograd {
             w,
             c,
             k,
+            algorithm,
             ho,
             wo,
             pad,
@@ -94,8 +97,12 @@ impl Winograd {
         self.n * self.tiles_of_image().iter().product::<usize>()
     }
 
-    /// Whether it is faster than direct summation: compares vector operations, with the transforms' as measured.
+    /// Whether it is asked for or faster than direct summation: compares vector operations, with the transforms' as
+    /// measured.
     pub fn wins(&self) -> bool {
+        if self.algorithm != Algorithm::Auto {
+            return self.algorithm == Algorithm::Winograd;
+        }
         let [c, k] = [self.c, self.k].map(|v| v / self.kernels.lanes);
         let direct = self.n * self.ho * self.wo * 9 * self.c * k;
         let transforms = self.tiles() * (250 * c + 200 * k) + 200 * self.c * k;
