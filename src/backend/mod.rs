@@ -1,6 +1,7 @@
 //! Backends: device, memory, launch, timing. What a kernel computes is the ops' affair.
 
 pub mod cpu;
+pub mod cuda;
 pub mod wgpu;
 
 use crate::graph::plan::Memory;
@@ -15,6 +16,8 @@ use std::time::Duration;
 pub struct CompileOptions {
     /// Kernel variant by op name, in place of the default rule's choice.
     pub variants: HashMap<String, String>,
+    /// What products are computed in, on backends that know more than float32.
+    pub precision: cuda::Precision,
     /// Fill temporaries with NaN before every run, so that an output that nobody writes shows.
     pub poison: bool,
     /// Parameters keep the values they have at the first run (inference): kernels may pack them once and give the

@@ -3,6 +3,7 @@
 
 use super::{Case, Cost, Host, Op, Room, traffic};
 use crate::backend::cpu::{CpuCx, CpuKernel, par};
+use crate::backend::cuda::{self, CudaCx};
 use crate::backend::wgpu::{Arg, WgpuCx};
 use crate::graph::autodiff::{Backward, Fwd};
 use crate::graph::{Graph, Spec, Tid};
@@ -258,6 +259,13 @@ impl Op for ActFwd {
         let args = [Arg::In(0), Arg::Out(0)];
         cx.map("elementwise.wgsl", "act", n, &args, &[self.act.code()])
     }
+
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        use cuda::Arg;
+        let args = [Arg::In(0), Arg::Out(0)];
+        let consts = vec![("ACT", self.act.code().to_string())];
+        cx.map(("elementwise.cu", "act"), consts, cx.y[0].len(), &args)
+    }
 }
 
 /// `dx = dy * f'(x)`. Operands: dy, x; for ReLU x may be the result as well as the operand.
@@ -299,6 +307,13 @@ impl Op for ActBwd {
         let n = cx.y[0].len();
         let args = [Arg::In(0), Arg::In(1), Arg::Out(0)];
         cx.map("elementwise.wgsl", "act_bwd", n, &args, &[self.act.code()])
+    }
+
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        use cuda::Arg;
+        let args = [Arg::In(0), Arg::In(1), Arg::Out(0)];
+        let consts = vec![("ACT", self.act.code().to_string())];
+        cx.map(("elementwise.cu", "act_bwd"), consts, cx.y[0].len(), &args)
     }
 }
 

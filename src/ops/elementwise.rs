@@ -2,6 +2,7 @@
 
 use super::{Case, Cost, Host, Op, Room, traffic};
 use crate::backend::cpu::{CpuCx, CpuKernel, par};
+use crate::backend::cuda::{self, CudaCx};
 use crate::backend::wgpu::{Arg, WgpuCx};
 use crate::graph::autodiff::{Backward, Fwd};
 use crate::graph::{Graph, Spec, Tid};
@@ -77,6 +78,14 @@ impl Op for Add {
         let args = [Arg::In(0), Arg::In(1), Arg::Out(0)];
         let f = u32::from(self.relu);
         cx.map("elementwise.wgsl", "add", n, &args, &[f])
+    }
+
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        use cuda::Arg;
+        let act = if self.relu { Act::Relu.code() } else { 0 };
+        let args = [Arg::In(0), Arg::In(1), Arg::Out(0)];
+        let consts = vec![("ACT", act.to_string())];
+        cx.map(("elementwise.cu", "add"), consts, cx.y[0].len(), &args)
     }
 }
 

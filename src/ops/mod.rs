@@ -25,6 +25,7 @@ pub mod subsample;
 pub mod tokens;
 
 use crate::backend::cpu::{CpuCx, CpuKernel};
+use crate::backend::cuda::CudaCx;
 use crate::backend::wgpu::WgpuCx;
 use crate::graph::autodiff::{Backward, Fwd};
 use crate::graph::{Node, Spec};
@@ -93,6 +94,14 @@ pub trait Op: Debug + Send + Sync + 'static {
         Err(Error::run(format!("{} has no WGSL kernel", self.name())))
     }
 
+    /// The CUDA launches for these shapes.
+    ///
+    /// # Errors
+    /// A variant that does not support them was asked for, or they are beyond the device's limits.
+    fn cuda(&self, _cx: &mut CudaCx) -> Result<()> {
+        Err(Error::run(format!("{} has no CUDA kernel", self.name())))
+    }
+
     /// Names of the kernel variants that the CPU backend has for this op; the first is the default rule's.
     fn cpu_variants(&self) -> &'static [&'static str] {
         &["auto"]
@@ -100,6 +109,11 @@ pub trait Op: Debug + Send + Sync + 'static {
 
     /// Names of the kernel variants that the wgpu backend has for this op.
     fn wgpu_variants(&self) -> &'static [&'static str] {
+        &["auto"]
+    }
+
+    /// Names of the kernel variants that the CUDA backend has for this op; the first is the default rule's.
+    fn cuda_variants(&self) -> &'static [&'static str] {
         &["auto"]
     }
 
