@@ -6,7 +6,7 @@
 #endif
 
 template <int N>
-struct Vec {
+struct alignas(4 * N) Vec {
     float v[N];
 };
 

@@ -16,8 +16,8 @@ use std::time::Duration;
 pub struct CompileOptions {
     /// Kernel variant by op name, in place of the default rule's choice.
     pub variants: HashMap<String, String>,
-    /// What products are computed in, on backends that know more than float32.
-    pub precision: cuda::Precision,
+    /// What products are computed in, on backends that know more than float32; `None` leaves it to the backend.
+    pub precision: Option<cuda::Precision>,
     /// Fill temporaries with NaN before every run, so that an output that nobody writes shows.
     pub poison: bool,
     /// Parameters keep the values they have at the first run (inference): kernels may pack them once and give the
@@ -27,7 +27,7 @@ pub struct CompileOptions {
 
 /// A device that compiles graphs.
 pub trait Backend: Send + Sync {
-    /// `cpu`, `wgpu`.
+    /// `cpu`, `wgpu`, `cuda`, `cuda:sim`.
     fn name(&self) -> &'static str;
 
     /// The device, for people and for recorded results.
@@ -85,7 +85,7 @@ pub trait Exec: Send {
     fn run_timed(&mut self, phases: &[Phase]) -> Result<Vec<(usize, Duration)>>;
 }
 
-/// The backend called `name` (`cpu` or `wgpu`), never another in its place.
+/// The backend called `name` (`cpu`, `wgpu` or `cuda`), never another in its place.
 ///
 /// # Errors
 /// The name is unknown, or the backend has no device here: the message says what is missing and how to get it.
@@ -93,8 +93,9 @@ pub fn open(name: &str) -> Result<Box<dyn Backend>> {
     match name {
         "cpu" => Ok(Box::new(cpu::Cpu::new())),
         "wgpu" => wgpu::open(),
+        "cuda" => cuda::open(cuda::CudaOptions::default()),
         other => Err(Error::input(format!(
-            "no backend is called {other}; there are cpu and wgpu"
+            "no backend is called {other}; there are cpu, wgpu and cuda"
         ))),
     }
 }

@@ -2,6 +2,7 @@
 
 use super::{Case, Cost, Fill, Host, Op, Room, traffic};
 use crate::backend::cpu::{CpuCx, CpuKernel, par};
+use crate::backend::cuda::{self, CudaCx};
 use crate::backend::wgpu::{Arg, WgpuCx};
 use crate::graph::{Graph, Spec, Tid};
 use crate::{Error, Result, ensure, op_common};
@@ -213,6 +214,17 @@ impl Op for AffineSample {
             cx.items(("augment.wgsl", "affine"), &[], n, &args, &params)?;
         }
         Ok(())
+    }
+
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        use cuda::Arg;
+        let &[n, h, w, c] = &cx.x[0].shape[..] else {
+            return Err(Error::run("affine_sample without four extents"));
+        };
+        let sizes = [h, w, c, usize::from(self.bilinear)].map(Arg::n);
+        let tensors = [Arg::In(0), Arg::In(1), Arg::In(2), Arg::Out(0)];
+        let args: Vec<Arg> = sizes.into_iter().chain(tensors).collect();
+        cx.items(("augment.cu", "affine"), vec![], n * h * w, 256, &args)
     }
 }
 

@@ -2,6 +2,7 @@
 
 use super::{Case, Cost, Host, Op, Room, traffic};
 use crate::backend::cpu::{CpuCx, CpuKernel, par};
+use crate::backend::cuda::{self, CudaCx};
 use crate::backend::wgpu::{Arg, WgpuCx};
 use crate::graph::autodiff::{Backward, Fwd};
 use crate::graph::{Graph, Spec, Tid};
@@ -81,6 +82,23 @@ impl Op for GlobalAvgPool {
         let (n, c, len) = (cx.y[0].rows(), cx.y[0].channels(), cx.x[0].len());
         average(cx, "average", n, c, len)
     }
+
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        use cuda::Arg;
+        let (n, c) = (cx.y[0].rows(), cx.y[0].channels());
+        let pixels = cx.x[0].len() / n / c;
+        let k = cuda::Columns::new(cx, pixels, c);
+        let scale = Arg::F32(1.0 / pixels as f32);
+        let args = vec![
+            Arg::n(pixels),
+            Arg::n(k.items),
+            scale,
+            Arg::In(0),
+            Arg::Out(0),
+        ];
+        let grid = [n as u32, k.vector_grid()[0], 1];
+        k.launch(cx, ("pool.cu", "average"), &k.consts(), grid, args)
+    }
 }
 
 /// `dx[n, .., c] = dy[n, c] / pixels`. Operand: dy `[N, C]`. Result: dx `[N, middle.., C]`.
@@ -130,6 +148,22 @@ impl Op for GlobalAvgPoolBwd {
     fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
         let (n, c, len) = (cx.x[0].rows(), cx.x[0].channels(), cx.y[0].len());
         average(cx, "average_bwd", n, c, len)
+    }
+
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        use cuda::Arg;
+        let (n, c, len) = (cx.x[0].rows(), cx.x[0].channels(), cx.y[0].len());
+        let (vec, pixels) = (cuda::vector(&[c]), len / n / c);
+        let scale = Arg::F32(1.0 / pixels as f32);
+        let args = [
+            Arg::n(pixels),
+            Arg::n(c / vec),
+            scale,
+            Arg::In(0),
+            Arg::Out(0),
+        ];
+        let consts = vec![("VEC", vec.to_string())];
+        cx.items(("pool.cu", "average_bwd"), consts, len / vec, 256, &args)
     }
 }
 

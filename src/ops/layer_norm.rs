@@ -3,6 +3,7 @@
 
 use super::{Case, Cost, Fill, Host, Op, Room, traffic};
 use crate::backend::cpu::{CpuCx, CpuKernel, par};
+use crate::backend::cuda::{self, CudaCx, CudaLaunch};
 use crate::backend::wgpu::{Arg, Launch, WgpuCx, column_parts, fold};
 use crate::graph::autodiff::{Backward, Fwd};
 use crate::graph::{Graph, Init, Layout, Spec, Tid};
@@ -117,6 +118,31 @@ impl Op for LayerNorm {
             launch_rows(cx, "forward", cut.rows, c, self.eps, 0, &args)?;
         }
         Ok(())
+    }
+
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        use cuda::Arg;
+        let (rows, c) = (cx.x[0].rows(), cx.x[0].channels());
+        let k = cuda::Rows::new(c, 64);
+        cx.launch(CudaLaunch {
+            source: "layer_norm.cu",
+            entry: "layer_norm",
+            consts: k.consts(),
+            args: vec![
+                Arg::n(rows),
+                Arg::n(k.items),
+                Arg::In(0),
+                Arg::In(1),
+                Arg::In(2),
+                Arg::F32(self.eps),
+                Arg::Out(0),
+                Arg::Out(1),
+                Arg::Out(2),
+            ],
+            grid: [rows.div_ceil(k.per_block()) as u32, 1, 1],
+            block: [256, 1, 1],
+            smem: 0,
+        })
     }
 }
 
@@ -292,6 +318,37 @@ impl Op for LayerNormBwd {
         }
         cx.sum_parts(part_gamma, Arg::Out(1), parts, c, c)?;
         cx.sum_parts(part_beta, Arg::Out(2), parts, c, c)
+    }
+
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        use cuda::Arg;
+        let (rows, c) = (cx.x[1].rows(), cx.x[1].channels());
+        // A lane holds dy, x and two sums of each of its channels.
+        let k = cuda::Rows::new(c, 32);
+        let mut consts = k.consts();
+        consts.push(("ADDEND", u32::from(self.addend).to_string()));
+        let blocks = rows.div_ceil(k.per_block()).min(2 * cx.traits.sms as usize);
+        let part_gamma = Arg::Work(cx.workspace(blocks * c));
+        let part_beta = Arg::Work(cx.workspace(blocks * c));
+        let mut args = vec![Arg::n(rows), Arg::n(k.items)];
+        args.extend((0..5).map(Arg::In));
+        args.extend([
+            Arg::in_if(self.addend, 5),
+            Arg::Out(0),
+            part_gamma,
+            part_beta,
+        ]);
+        cx.launch(CudaLaunch {
+            source: "layer_norm.cu",
+            entry: "layer_norm_bwd",
+            consts,
+            args,
+            grid: [blocks as u32, 1, 1],
+            block: [256, 1, 1],
+            smem: 0,
+        })?;
+        cx.sum_parts(part_gamma, Arg::Out(1), blocks, c, c)?;
+        cx.sum_parts(part_beta, Arg::Out(2), blocks, c, c)
     }
 }
 

@@ -3,6 +3,7 @@
 
 use super::{Case, Cost, Host, Op, Room, traffic};
 use crate::backend::cpu::{CpuCx, CpuKernel, par};
+use crate::backend::cuda::{self, CudaCx};
 use crate::backend::wgpu::{Arg, WgpuCx, column_parts};
 use crate::graph::autodiff::{Backward, Fwd};
 use crate::graph::{Graph, Spec, Tid};
@@ -85,6 +86,23 @@ impl Op for LayerScale {
         let old = self.residual.then_some(Arg::In(2));
         let (rows, c) = (cx.x[0].rows(), cx.x[0].channels());
         scale(cx, Arg::In(0), Arg::In(1), old, rows, c)
+    }
+
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        use cuda::Arg;
+        let k = cuda::Columns::new(cx, cx.x[0].rows(), cx.x[0].channels());
+        let mut consts = k.consts();
+        consts.push(("RESIDUAL", u32::from(self.residual).to_string()));
+        let args = vec![
+            Arg::n(k.rows),
+            Arg::n(k.items),
+            Arg::In(0),
+            Arg::In(1),
+            Arg::in_if(self.residual, 2),
+            Arg::Out(0),
+        ];
+        let kernel = ("layer_scale.cu", "layer_scale");
+        k.launch(cx, kernel, &consts, k.map_grid(), args)
     }
 }
 
@@ -180,6 +198,17 @@ impl Op for LayerScaleBwd {
             part0 += parts;
         }
         cx.sum_parts(work, Arg::Out(1), parts, c, c)
+    }
+
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        use cuda::Arg;
+        let k = cuda::Columns::new(cx, cx.x[1].rows(), cx.x[1].channels());
+        let part = Arg::Work(cx.workspace(k.parts * k.channels));
+        let mut args = [k.rows, k.items, k.per_part].map(Arg::n).to_vec();
+        args.extend([Arg::In(0), Arg::In(1), Arg::In(2), Arg::Out(0), part]);
+        let kernel = ("layer_scale.cu", "layer_scale_bwd");
+        k.launch(cx, kernel, &k.consts(), k.sum_grid(), args)?;
+        cx.sum_parts(part, Arg::Out(1), k.parts, k.channels, k.channels)
     }
 }
 

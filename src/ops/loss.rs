@@ -6,6 +6,7 @@ use super::act::exp_f32;
 use super::{Case, Cost, Fill, Host, Op, Room, traffic};
 use crate::backend::cpu::par::SharedMut;
 use crate::backend::cpu::{CpuCx, CpuKernel, par};
+use crate::backend::cuda::{self, CudaCx, CudaLaunch};
 use crate::backend::wgpu::{Arg, Launch, WgpuCx, fold};
 use crate::graph::autodiff::{Backward, Fwd};
 use crate::graph::{DType, Graph, Spec, Tid};
@@ -430,6 +431,58 @@ impl Op for SoftmaxCe {
         }
         one(cx, "total", z, targets, dz, rows, 0, rows)
     }
+
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        use cuda::Arg;
+        let (rows, classes) = (cx.x[0].rows(), cx.x[0].channels());
+        let soft = cx.x[1].dtype == DType::F32;
+        let k = cuda::Rows::new(classes, 32);
+        let mut consts = k.consts();
+        let flags = [
+            ("SOFT", soft),
+            ("WEIGHTED", self.weighted),
+            ("FOCAL", self.focal != 0.0),
+        ];
+        let set = flags.iter().filter(|f| f.1);
+        consts.extend(set.map(|f| (f.0, "1".to_string())));
+        let losses = Arg::Work(cx.workspace(rows));
+        let denominator = match soft {
+            true => Arg::Null,
+            false => Arg::Work(cx.workspace(1)),
+        };
+        let (targets, weights) = (Arg::In(1), Arg::in_if(self.weighted, 2));
+        let n = Arg::n(rows);
+        let mut launch = |entry, args, blocks: usize| {
+            cx.launch(CudaLaunch {
+                source: "loss.cu",
+                entry,
+                consts: consts.clone(),
+                args,
+                grid: [blocks as u32, 1, 1],
+                block: [256, 1, 1],
+                smem: 0,
+            })
+        };
+        if !soft {
+            let args = vec![n, Arg::n(classes), targets, weights, denominator];
+            launch("count_labels", args, 1)?;
+        }
+        let args = vec![
+            n,
+            Arg::n(k.items),
+            Arg::In(0),
+            targets,
+            weights,
+            denominator,
+            Arg::F32(1.0 - self.smoothing),
+            Arg::F32(self.smoothing / classes as f32),
+            Arg::F32(self.focal),
+            losses,
+            Arg::Out(1),
+        ];
+        launch("softmax_ce", args, rows.div_ceil(k.per_block()))?;
+        launch("total", vec![n, losses, denominator, Arg::Out(0)], 1)
+    }
 }
 
 /// `y = x * s[0]`. Operands: x of any shape, s `[1]`.
@@ -465,6 +518,12 @@ impl Op for ScaleBy {
             cx.items(("loss.wgsl", "scale_by"), &[], cut.rows, &args, &[])?;
         }
         Ok(())
+    }
+
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        use cuda::Arg;
+        let args = [Arg::In(0), Arg::In(1), Arg::Out(0)];
+        cx.map(("loss.cu", "scale_by"), vec![], cx.y[0].len(), &args)
     }
 }
 

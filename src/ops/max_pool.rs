@@ -3,6 +3,7 @@
 
 use super::{Case, Cost, Fill, Host, Op, Room, traffic};
 use crate::backend::cpu::{CpuCx, CpuKernel, par};
+use crate::backend::cuda::{self, CudaCx};
 use crate::backend::wgpu::{Arg, WgpuCx};
 use crate::graph::autodiff::{Backward, Fwd};
 use crate::graph::{Graph, Spec, Tid};
@@ -25,6 +26,23 @@ impl Window {
     fn params(&self, [h, w, c]: [usize; 3], [oh, ow]: [usize; 2]) -> [u32; 10] {
         let sizes = [h, w, c, oh, ow, self.kernel, self.stride, self.pad, 0, 0];
         sizes.map(|v| v as u32)
+    }
+
+    /// A launch of kernels/pool.cu over result 0, for `[h, w, c]` pixels under `[oh, ow]` windows.
+    fn cuda(
+        &self,
+        cx: &mut CudaCx,
+        entry: &'static str,
+        [h, w, c]: [usize; 3],
+        [oh, ow]: [usize; 2],
+        tensors: [cuda::Arg; 3],
+    ) -> Result<()> {
+        let vec = cuda::vector(&[c]);
+        let sizes = [h, w, c / vec, oh, ow, self.kernel, self.stride, self.pad];
+        let args: Vec<_> = sizes.map(cuda::Arg::n).into_iter().chain(tensors).collect();
+        let consts = vec![("VEC", vec.to_string())];
+        let n = cx.y[0].len() / vec;
+        cx.items(("pool.cu", entry), consts, n, 256, &args)
     }
 
     /// Windows along an axis of `n` pixels.
@@ -205,6 +223,14 @@ impl Op for MaxPool {
         }
         Ok(())
     }
+
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        use cuda::Arg;
+        let (x, y) = (&cx.x[0].shape, &cx.y[0].shape);
+        let (pixels, windows) = ([x[1], x[2], x[3]], [y[1], y[2]]);
+        let tensors = [Arg::In(0), Arg::Out(0), Arg::Out(1)];
+        self.window.cuda(cx, "max_pool", pixels, windows, tensors)
+    }
 }
 
 /// `dx[p] = sum of dy over the windows whose argmax is p`: a gather, so that overlapping windows need no atomics.
@@ -287,6 +313,15 @@ impl Op for MaxPoolBwd {
             cx.items(("pool.wgsl", "max_pool_bwd"), &[], n, &args, &params)?;
         }
         Ok(())
+    }
+
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        use cuda::Arg;
+        let (dy, dx) = (&cx.x[0].shape, &cx.y[0].shape);
+        let (pixels, windows) = ([dx[1], dx[2], dx[3]], [dy[1], dy[2]]);
+        let tensors = [Arg::In(0), Arg::In(1), Arg::Out(0)];
+        self.window
+            .cuda(cx, "max_pool_bwd", pixels, windows, tensors)
     }
 }
 

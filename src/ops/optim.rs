@@ -4,6 +4,7 @@
 use super::{Case, Cost, Fill, Host, Op, Room, traffic};
 use crate::backend::cpu::par::SharedMut;
 use crate::backend::cpu::{CpuCx, CpuKernel, par};
+use crate::backend::cuda::{self, CudaCx, CudaLaunch};
 use crate::backend::wgpu::{Arg, Launch, WgpuCx, fold};
 use crate::graph::{DType, Spec};
 use crate::{Result, ensure, multiversion, op_common};
@@ -195,6 +196,33 @@ impl Op for AdamW {
             &[Arg::Out(1), Arg::Out(2)],
         )
     }
+
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        use cuda::Arg;
+        let (decay, l2) = match self.decoupled {
+            true => (self.weight_decay, 0.0),
+            false => (0.0, self.weight_decay),
+        };
+        let floats = [
+            self.lr_scale,
+            decay,
+            l2,
+            1.0 - self.beta1,
+            self.beta2,
+            1.0 - self.beta2,
+            self.eps,
+        ];
+        let mut args = vec![
+            Arg::Out(0),
+            Arg::In(1),
+            Arg::In(4),
+            Arg::in_if(self.clip, 5),
+            Arg::Out(1),
+            Arg::Out(2),
+        ];
+        args.extend(floats.map(|v| Arg::F32(v as f32)));
+        cx.map(("optim.cu", "adamw"), vec![], cx.x[0].len(), &args)
+    }
 }
 
 /// SGD as `torch.optim.SGD` computes it: `g += decay p`; `b = momentum b + g`; `p -= lr b`, or with Nesterov's momentum
@@ -337,6 +365,28 @@ impl Op for Sgd {
             return update(cx, "sgd", flags, floats, hyper, &[]);
         }
         update(cx, "sgd_momentum", flags, floats, hyper, &[Arg::Out(1)])
+    }
+
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        use cuda::Arg;
+        let at = self.slabs();
+        let clip = Arg::in_if(self.clip, at + 1);
+        let mut args = vec![Arg::Out(0), Arg::In(1), Arg::In(at), clip];
+        let mut floats = vec![self.lr_scale, self.weight_decay];
+        let entry = if self.momentum == 0.0 {
+            "sgd"
+        } else {
+            args.push(Arg::Out(1));
+            let (own, of_b) = if self.nesterov {
+                (1.0, self.momentum)
+            } else {
+                (0.0, 1.0)
+            };
+            floats.extend([self.momentum, own, of_b]);
+            "sgd_momentum"
+        };
+        args.extend(floats.iter().map(|&v| Arg::F32(v as f32)));
+        cx.map(("optim.cu", entry), vec![], cx.x[0].len(), &args)
     }
 }
 
@@ -505,6 +555,46 @@ impl Op for GradNorm {
         let args = vec![Arg::Out(0), part, hyper];
         launch("finish_norm", args, params(0, 1, 0, parts), [1, 1, 1])
     }
+
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        use cuda::Arg;
+        let slabs = cx.x.len() - usize::from(self.scaled);
+        let most = 4 * cx.traits.sms as usize;
+        let runs: Vec<(usize, usize, usize)> = (0..slabs)
+            .map(|i| {
+                let n = cx.x[i].len();
+                let vec = cuda::vector(&[n]);
+                (vec, n / vec, (n / vec).div_ceil(256).min(most))
+            })
+            .collect();
+        let parts: usize = runs.iter().map(|r| r.2).sum();
+        let part = Arg::Work(cx.workspace(parts));
+        let mut launch = |entry, vec: usize, args, blocks: usize| {
+            cx.launch(CudaLaunch {
+                source: "optim.cu",
+                entry,
+                consts: vec![("VEC", vec.to_string())],
+                args,
+                grid: [blocks as u32, 1, 1],
+                block: [256, 1, 1],
+                smem: 0,
+            })
+        };
+        let mut part0 = 0;
+        for (i, (vec, items, blocks)) in runs.into_iter().enumerate() {
+            let args = vec![Arg::n(items), Arg::In(i), part.at(part0)];
+            launch("squares", vec, args, blocks)?;
+            part0 += blocks;
+        }
+        let args = vec![
+            Arg::n(parts),
+            part,
+            Arg::in_if(self.scaled, slabs),
+            Arg::F32(self.max_norm as f32),
+            Arg::Out(0),
+        ];
+        launch("finish_norm", 4, args, 1)
+    }
 }
 
 /// `acc += g`. Operands: acc, g. Result: acc, updated in place.
@@ -556,6 +646,12 @@ impl Op for Accumulate {
         }
         Ok(())
     }
+
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        use cuda::Arg;
+        let args = [Arg::Out(0), Arg::In(1)];
+        cx.map(("optim.cu", "accumulate"), vec![], cx.x[0].len(), &args)
+    }
 }
 
 /// `x = 0`. Operand: x. Result: x, updated in place.
@@ -588,6 +684,11 @@ impl Op for Fill0 {
             cx.items(("fill.wgsl", "fill"), &[], cut.rows, &[y], &[0])?;
         }
         Ok(())
+    }
+
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        let n = cx.x[0].len();
+        cx.map(("optim.cu", "fill0"), vec![], n, &[cuda::Arg::Out(0)])
     }
 }
 

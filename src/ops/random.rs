@@ -7,6 +7,7 @@
 
 use super::{Case, Cost, Fill, Host, Op, Room, traffic};
 use crate::backend::cpu::{CpuCx, CpuKernel, par};
+use crate::backend::cuda::{self, CudaCx, CudaLaunch};
 use crate::backend::wgpu::{Arg, WgpuCx};
 use crate::graph::autodiff::{Backward, Fwd};
 use crate::graph::{DType, Graph, Spec, Tid};
@@ -92,6 +93,30 @@ impl Op for Dropout {
             cx.items(("random.wgsl", entry), &[], n, &args, &params)?;
         }
         Ok(())
+    }
+
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        use cuda::Arg;
+        let n = cx.y[0].len();
+        let consts = vec![("VEC", cuda::vector(&[n]).to_string())];
+        let args = vec![
+            Arg::n(n),
+            Arg::In(0),
+            Arg::In(1),
+            Arg::U32(self.id),
+            Arg::F32(self.p),
+            Arg::F32(1.0 / (1.0 - self.p)),
+            Arg::Out(0),
+        ];
+        cx.launch(CudaLaunch {
+            source: "random.cu",
+            entry: "dropout",
+            consts,
+            args,
+            grid: [n.div_ceil(4 * 256) as u32, 1, 1],
+            block: [256, 1, 1],
+            smem: 0,
+        })
     }
 }
 
@@ -221,6 +246,37 @@ impl Op for DropPath {
             cx.items(("random.wgsl", "drop_path"), &[], n, &args, &params)?;
         }
         Ok(())
+    }
+
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        use cuda::Arg;
+        let samples = cx.x[0].shape[0];
+        let width = cx.x[0].len() / samples;
+        let vec = cuda::vector(&[width]);
+        let chunks = (width / vec).div_ceil(256);
+        let args = vec![
+            Arg::n(width / vec),
+            Arg::n(chunks),
+            Arg::In(0),
+            Arg::In(1),
+            Arg::U32(self.id),
+            Arg::F32(self.p),
+            Arg::F32(1.0 / (1.0 - self.p)),
+            Arg::in_if(self.residual, 2),
+            Arg::Out(0),
+        ];
+        cx.launch(CudaLaunch {
+            source: "random.cu",
+            entry: "drop_path",
+            consts: vec![
+                ("VEC", vec.to_string()),
+                ("RESIDUAL", u32::from(self.residual).to_string()),
+            ],
+            args,
+            grid: [(samples * chunks) as u32, 1, 1],
+            block: [256, 1, 1],
+            smem: 0,
+        })
     }
 }
 

@@ -2,6 +2,7 @@
 
 use super::{Case, Host, Op, Room};
 use crate::backend::cpu::{CpuCx, CpuKernel, par};
+use crate::backend::cuda::{self, CudaCx};
 use crate::backend::wgpu::{Arg, WgpuCx};
 use crate::graph::autodiff::{Backward, Fwd};
 use crate::graph::{Graph, Spec, Tid};
@@ -96,6 +97,11 @@ impl Op for Subsample {
     fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
         launch(cx, "subsample", self.stride, &cx.x[0].shape, &cx.y[0].shape)
     }
+
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        let (full, sub) = (&cx.x[0].shape, &cx.y[0].shape);
+        launch_cuda(cx, "subsample", self.stride, full, sub)
+    }
 }
 
 impl Op for SubsampleBwd {
@@ -162,6 +168,11 @@ impl Op for SubsampleBwd {
             &cx.x[0].shape,
         )
     }
+
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        let (full, sub) = (&cx.y[0].shape, &cx.x[0].shape);
+        launch_cuda(cx, "subsample_bwd", self.stride, full, sub)
+    }
 }
 
 /// Forward or backward between the full shape and the subsampled one.
@@ -185,6 +196,27 @@ fn launch(
         cx.items(("pool.wgsl", entry), &[], cut.rows * to, &args, &params)?;
     }
     Ok(())
+}
+
+/// A launch of kernels/pool.cu between the full shape and the subsampled one.
+fn launch_cuda(
+    cx: &mut CudaCx,
+    entry: &'static str,
+    stride: usize,
+    full: &[usize],
+    sub: &[usize],
+) -> Result<()> {
+    use cuda::Arg;
+    let (c, c_out) = (full[3], sub[3]);
+    let low = (c_out - c) / 2;
+    let vec = cuda::vector(&[c, c_out, low]);
+    let [h, w, oh, ow] = [full[1], full[2], sub[1], sub[2]];
+    let sizes = [h, w, c / vec, oh, ow, c_out / vec, low / vec, stride];
+    let mut args = sizes.map(Arg::n).to_vec();
+    args.extend([Arg::In(0), Arg::Out(0)]);
+    let consts = vec![("VEC", vec.to_string())];
+    let n = cx.y[0].len() / vec;
+    cx.items(("pool.cu", entry), consts, n, 256, &args)
 }
 
 impl Graph {

@@ -11,8 +11,23 @@ macro_rules! embedded {
 }
 
 /// Every file of `kernels/`, as built into the program. `#include` names them as they are written here.
-pub const EMBEDDED: &[(&str, &str)] =
-    embedded!["common/math.cuh", "common/vec.cuh", "elementwise.cu",];
+pub const EMBEDDED: &[(&str, &str)] = embedded![
+    "augment.cu",
+    "batch_norm.cu",
+    "common/math.cuh",
+    "common/philox.cuh",
+    "common/reduce.cuh",
+    "common/vec.cuh",
+    "elementwise.cu",
+    "layer_norm.cu",
+    "layer_scale.cu",
+    "loss.cu",
+    "optim.cu",
+    "pool.cu",
+    "random.cu",
+    "reduce.cu",
+    "tokens.cu",
+];
 
 /// Where sources come from.
 #[derive(Clone, Debug, Default)]

@@ -1,8 +1,9 @@
 //! Batch norm with running statistics: a per-channel affine map.
 
 use super::cpu::{self, Cut, Grads, Norm};
-use super::{RefBwd, check_vectors, finish, infer_bwd, mask_of, operands, same_shape, wgpu};
+use super::{RefBwd, check_vectors, cuda, finish, infer_bwd, mask_of, operands, same_shape, wgpu};
 use crate::backend::cpu::{CpuCx, CpuKernel};
+use crate::backend::cuda::{Arg as CudaArg, CudaCx};
 use crate::backend::wgpu::{Arg, WgpuCx};
 use crate::graph::Spec;
 use crate::graph::autodiff::{Backward, Fwd};
@@ -111,6 +112,16 @@ impl Op for BatchNormEval {
         let residual = self.residual.then_some(Arg::In(5));
         columns.normalize(cx, coef, residual, self.relu)
     }
+
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        let fused = cuda::Fused {
+            relu: self.relu,
+            residual: self.residual,
+            dresidual: false,
+            variance: Some(self.eps),
+        };
+        cuda::normalize(cx, [CudaArg::In(3), CudaArg::In(4)], fused)
+    }
 }
 
 /// Gradients of [`BatchNormEval`].
@@ -188,6 +199,16 @@ impl Op for BatchNormEvalBwd {
         let columns = wgpu::Columns::new(cx.x[1].rows(), cx.x[1].channels(), false, self.eps);
         let fused = (self.relu, self.residual, self.dresidual);
         columns.backward(cx, fused, wgpu::VARIANCE)
+    }
+
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        let fused = cuda::Fused {
+            relu: self.relu,
+            residual: self.residual,
+            dresidual: self.dresidual,
+            variance: Some(self.eps),
+        };
+        cuda::backward(cx, fused)
     }
 }
 

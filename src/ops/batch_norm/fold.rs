@@ -1,6 +1,7 @@
 //! Folding batch norm into the convolution before it, once after the parameters were written.
 
 use crate::backend::cpu::{CpuCx, CpuKernel};
+use crate::backend::cuda::CudaCx;
 use crate::backend::wgpu::WgpuCx;
 use crate::graph::Spec;
 use crate::ops::{Case, Fill, Host, Op, Room};
@@ -74,6 +75,10 @@ impl Op for FoldBatchNorm {
 
     fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
         super::wgpu::fold(cx, self.bias, self.eps)
+    }
+
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        super::cuda::fold(cx, self.bias, self.eps)
     }
 }
 

@@ -3,12 +3,14 @@
 //! where fused.
 
 mod cpu;
+mod cuda;
 pub mod eval;
 pub mod fold;
 mod wgpu;
 
 use super::{Case, Cost, Fill, Host, Op, Room, traffic};
 use crate::backend::cpu::{CpuCx, CpuKernel};
+use crate::backend::cuda::{Arg as CudaArg, CudaCx};
 use crate::backend::wgpu::{Arg, WgpuCx};
 use crate::graph::autodiff::{Backward, Fwd};
 use crate::graph::{Graph, Init, Layout, Spec, Tid};
@@ -177,6 +179,16 @@ impl Op for BatchNormTrain {
         let residual = self.residual.then_some(Arg::In(5));
         columns.normalize(cx, coef, residual, self.relu)
     }
+
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        cuda::statistics(cx, self.eps, self.momentum)?;
+        let fused = cuda::Fused {
+            relu: self.relu,
+            residual: self.residual,
+            ..Default::default()
+        };
+        cuda::normalize(cx, [CudaArg::Out(1), CudaArg::Out(2)], fused)
+    }
 }
 
 /// Gradients of [`BatchNormTrain`].
@@ -333,6 +345,16 @@ impl Op for BatchNormTrainBwd {
     fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
         let columns = wgpu::Columns::new(cx.x[1].rows(), cx.x[1].channels(), true, 0.0);
         columns.backward(cx, (self.relu, self.residual, self.dresidual), 0)
+    }
+
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        let fused = cuda::Fused {
+            relu: self.relu,
+            residual: self.residual,
+            dresidual: self.dresidual,
+            variance: None,
+        };
+        cuda::backward(cx, fused)
     }
 }
 

@@ -5,6 +5,7 @@ pub mod interpolate;
 
 use super::{Case, Cost, Host, Op, Room, traffic};
 use crate::backend::cpu::{CpuCx, CpuKernel, par};
+use crate::backend::cuda::{self, CudaCx};
 use crate::backend::wgpu::{Arg, WgpuCx};
 use crate::graph::autodiff::{Backward, Fwd};
 use crate::graph::{Graph, Spec, Tid};
@@ -118,6 +119,14 @@ impl Op for TokenEmbed {
         }
         Ok(())
     }
+
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        use cuda::Arg;
+        let first = usize::from(self.cls);
+        let [n, p, c] = [cx.x[0].shape[0], cx.x[0].shape[1], cx.x[0].shape[2]];
+        let operands = [Arg::In(0), Arg::in_if(self.cls, 1), Arg::In(1 + first)];
+        move_tokens(cx, "embed", n, [p, p + first, c], &operands)
+    }
 }
 
 fn add(a: &[f32], b: &[f32], y: &mut [f32]) {
@@ -213,6 +222,17 @@ impl Op for TokenEmbedBwd {
         }
         cx.sum_parts(Arg::In(0), Arg::Out(1 + first), n, t * c, t * c)
     }
+
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        use cuda::Arg;
+        let first = usize::from(self.cls);
+        let [n, t, c] = [cx.x[0].shape[0], cx.x[0].shape[1], cx.x[0].shape[2]];
+        move_tokens(cx, "patches", n, [t - first, t, c], &[Arg::In(0)])?;
+        if self.cls {
+            cx.sum_parts(Arg::In(0), Arg::Out(1), n, t * c, c)?;
+        }
+        cx.sum_parts(Arg::In(0), Arg::Out(1 + first), n, t * c, t * c)
+    }
 }
 
 /// `y[n] = x[n, index]`: x `[N, T, C]` to `[N, C]`.
@@ -276,6 +296,11 @@ impl Op for SelectToken {
         let [n, t, c] = [cx.x[0].shape[0], cx.x[0].shape[1], cx.x[0].shape[2]];
         pick(cx, "pick", n, [t * c, c], [t, c, self.index])
     }
+
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        let [t, c] = [cx.x[0].shape[1], cx.x[0].shape[2]];
+        pick_cuda(cx, "pick", [t, c, self.index])
+    }
 }
 
 /// The gradient of [`SelectToken`]: dy `[N, C]` to dx `[N, tokens, C]`, zero but for one token.
@@ -331,6 +356,11 @@ impl Op for SelectTokenBwd {
         let sizes = [self.tokens, c, self.index];
         pick(cx, "pick_bwd", n, [c, self.tokens * c], sizes)
     }
+
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        let c = cx.x[0].channels();
+        pick_cuda(cx, "pick_bwd", [self.tokens, c, self.index])
+    }
 }
 
 /// Forward or backward of [`SelectToken`]; `from` and `to` are the elements per image of operand and result.
@@ -347,6 +377,35 @@ fn pick(
         cx.items(("tokens.wgsl", entry), &[], cut.rows * to, &args, &params)?;
     }
     Ok(())
+}
+
+/// A launch of kernels/tokens.cu over result 0, for `n` images of `p` patches and `t` tokens of `c` channels.
+fn move_tokens(
+    cx: &mut CudaCx,
+    entry: &'static str,
+    n: usize,
+    [p, t, c]: [usize; 3],
+    operands: &[cuda::Arg],
+) -> Result<()> {
+    use cuda::Arg;
+    let vec = cuda::vector(&[c]);
+    let rows = if entry == "embed" { t } else { p };
+    let mut args = [p, t, c / vec].map(Arg::n).to_vec();
+    args.extend_from_slice(operands);
+    args.push(Arg::Out(0));
+    let consts = vec![("VEC", vec.to_string())];
+    cx.items(("tokens.cu", entry), consts, n * rows * c / vec, 256, &args)
+}
+
+/// Forward or backward of [`SelectToken`].
+fn pick_cuda(cx: &mut CudaCx, entry: &'static str, [t, c, index]: [usize; 3]) -> Result<()> {
+    use cuda::Arg;
+    let vec = cuda::vector(&[c]);
+    let [t, items, index] = [t, c / vec, index].map(Arg::n);
+    let args = [t, items, index, Arg::In(0), Arg::Out(0)];
+    let consts = vec![("VEC", vec.to_string())];
+    let n = cx.y[0].len() / vec;
+    cx.items(("tokens.cu", entry), consts, n, 256, &args)
 }
 
 impl Graph {

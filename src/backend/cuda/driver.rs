@@ -1,0 +1,146 @@
+//! The small interface between the backend and what executes kernels: NVIDIA's driver ([`real`](super::real)) or the
+//! simulator.
+
+use super::launch::Traits;
+use super::nvrtc::Target;
+use crate::Result;
+use std::fmt::Debug;
+use std::time::Duration;
+
+/// A loaded module, by order of loading.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ModuleId(pub usize);
+
+/// A kernel of a loaded module, by order of look-up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct KernelId(pub usize);
+
+/// A recorded sequence of launches that replays as one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct GraphId(pub usize);
+
+/// A launch with everything looked up.
+#[derive(Clone, Debug)]
+pub struct Placed {
+    /// The kernel.
+    pub kernel: KernelId,
+    /// `layer1.0.conv1 conv2d.cu/fprop`, for messages and traces.
+    pub label: String,
+    /// Blocks.
+    pub grid: [u32; 3],
+    /// Threads of a block.
+    pub block: [u32; 3],
+    /// Dynamic shared memory in bytes.
+    pub smem: u32,
+    /// The parameter block.
+    pub params: Vec<u8>,
+    /// Where in the block each parameter starts.
+    pub offsets: Vec<usize>,
+}
+
+/// One step of a program, in stream order.
+#[derive(Clone, Debug)]
+pub enum Step {
+    /// A kernel.
+    Launch(Placed),
+    /// `n` words at an address become unwritten: NaN, and where the driver keeps track of it, undefined.
+    Poison(u64, usize),
+}
+
+/// What executes kernels. Calls are in stream order; the host waits in [`download`](Self::download) and
+/// [`synchronize`](Self::synchronize).
+pub trait Driver: Send + Sync + Debug {
+    /// `cuda`, `cuda:sim`.
+    fn name(&self) -> &'static str;
+
+    /// The device, for people and for recorded results.
+    fn device(&self) -> String;
+
+    /// What launch code needs to know.
+    fn traits(&self) -> &Traits;
+
+    /// What kernels are compiled for.
+    fn target(&self) -> Target;
+
+    /// True where tensors should have allocations of their own, so that an access beyond one is seen.
+    fn separate(&self) -> bool {
+        false
+    }
+
+    /// Free and total bytes, where memory is bounded.
+    fn memory(&self) -> Result<Option<(u64, u64)>>;
+
+    /// Bytes at a multiple of 256, called `owner` in messages.
+    ///
+    /// # Errors
+    /// Memory does not suffice.
+    fn alloc(&self, bytes: usize, owner: &str) -> Result<u64>;
+
+    /// Gives back what [`alloc`](Self::alloc) returned.
+    fn free(&self, address: u64);
+
+    /// Copies to the device.
+    ///
+    /// # Errors
+    /// The device is lost.
+    fn upload(&self, address: u64, bytes: &[u8]) -> Result<()>;
+
+    /// Copies from the device, after all that was launched before.
+    ///
+    /// # Errors
+    /// The device is lost or a kernel failed.
+    fn download(&self, address: u64, bytes: &mut [u8]) -> Result<()>;
+
+    /// Sets `n` words.
+    ///
+    /// # Errors
+    /// The device is lost.
+    fn fill(&self, address: u64, word: u32, n: usize) -> Result<()>;
+
+    /// Loads an image made for [`target`](Self::target); `name` is its source, for messages.
+    ///
+    /// # Errors
+    /// The driver refuses it.
+    fn load(&self, image: &[u8], name: &str) -> Result<ModuleId>;
+
+    /// A kernel that may be launched with `smem` bytes of dynamic shared memory.
+    ///
+    /// # Errors
+    /// The module has none of that name, or there is less shared memory.
+    fn kernel(&self, module: ModuleId, entry: &str, smem: u32) -> Result<KernelId>;
+
+    /// Runs one step.
+    ///
+    /// # Errors
+    /// The launch was refused; a failure inside the kernel may show here or when the host waits.
+    fn step(&self, step: &Step) -> Result<()>;
+
+    /// Waits for everything.
+    ///
+    /// # Errors
+    /// A kernel failed.
+    fn synchronize(&self) -> Result<()>;
+
+    /// Runs `steps` and returns the time each took on the device.
+    ///
+    /// # Errors
+    /// A kernel failed, or the driver has no clock.
+    fn timed(&self, steps: &[&Step]) -> Result<Vec<Duration>>;
+
+    /// Records `steps` as one graph; `None` where the driver has none.
+    ///
+    /// # Errors
+    /// The driver refuses a step.
+    fn capture(&self, _steps: &[&Step]) -> Result<Option<GraphId>> {
+        Ok(None)
+    }
+
+    /// Launches a graph.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    fn replay(&self, graph: GraphId) -> Result<()>;
+
+    /// Gives a graph's resources back.
+    fn forget(&self, graph: GraphId);
+}

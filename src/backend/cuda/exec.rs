@@ -1,0 +1,520 @@
+//! Compiling a graph for a CUDA device: ops describe their launches, the planner places tensors, the compiler makes
+//! their kernels, and a run replays the list.
+
+use super::compile::Compiler;
+use super::driver::{Driver, GraphId, KernelId, ModuleId, Placed, Step};
+use super::launch::{ALIGN, Arg, Consts, CudaCx, CudaLaunch, Precision, Slot, WorkId, pack};
+use super::sources::KernelSource;
+use crate::backend::{Backend, CompileOptions, Exec};
+use crate::graph::plan::{Limits, Memory};
+use crate::graph::{Graph, Kind, Phase, Tid};
+use crate::{Error, Result};
+use rayon::prelude::*;
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+/// Choices that are made when the backend is opened.
+#[derive(Clone, Debug)]
+pub struct CudaOptions {
+    /// Where kernels come from.
+    pub source: KernelSource,
+    /// What products are computed in, where a compilation does not say.
+    pub precision: Precision,
+    /// Replay a run as one CUDA graph from the second time on.
+    pub graph: bool,
+}
+
+impl Default for CudaOptions {
+    fn default() -> Self {
+        CudaOptions {
+            source: KernelSource::default(),
+            precision: Precision::F32,
+            graph: true,
+        }
+    }
+}
+
+type Variant = (&'static str, Consts);
+
+#[derive(Debug, Default)]
+struct Loaded {
+    modules: HashMap<Variant, ModuleId>,
+    kernels: HashMap<(ModuleId, &'static str, bool, u32), KernelId>,
+}
+
+/// A device as a backend. Graphs compiled by it share its stream and its compiled kernels.
+#[derive(Debug)]
+pub struct Cuda {
+    driver: Arc<dyn Driver>,
+    compiler: Compiler,
+    options: CudaOptions,
+    loaded: Mutex<Loaded>,
+}
+
+impl Cuda {
+    /// A backend on `driver`.
+    ///
+    /// # Errors
+    /// There is no NVRTC.
+    pub fn new(driver: Arc<dyn Driver>, options: CudaOptions) -> Result<Self> {
+        let compiler = Compiler::new(options.source.clone(), driver.target())?;
+        Ok(Cuda {
+            driver,
+            compiler,
+            options,
+            loaded: Mutex::default(),
+        })
+    }
+
+    /// The driver.
+    pub fn driver(&self) -> &dyn Driver {
+        self.driver.as_ref()
+    }
+
+    /// The compiler.
+    pub fn compiler(&self) -> &Compiler {
+        &self.compiler
+    }
+
+    /// The same device with kernels of another precision.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_precision(&self, precision: Precision) -> Result<Self> {
+        let options = CudaOptions {
+            precision,
+            ..self.options.clone()
+        };
+        Cuda::new(self.driver.clone(), options)
+    }
+
+    /// Compiles (on all threads) and loads what `launches` need and has not been loaded.
+    fn load<'a>(&self, launches: impl Iterator<Item = &'a CudaLaunch>) -> Result<()> {
+        let mut loaded = self.loaded.lock().unwrap_or_else(|e| e.into_inner());
+        let mut seen = HashSet::new();
+        let wanted: Vec<Variant> = launches
+            .map(|l| (l.source, l.consts.clone()))
+            .filter(|v| !loaded.modules.contains_key(v) && seen.insert(v.clone()))
+            .collect();
+        let images = wanted
+            .par_iter()
+            .map(|(source, consts)| self.compiler.image(source, consts))
+            .collect::<Result<Vec<_>>>()?;
+        for (variant, image) in wanted.into_iter().zip(images) {
+            let module = self.driver.load(&image, variant.0)?;
+            loaded.modules.insert(variant, module);
+        }
+        Ok(())
+    }
+
+    fn kernel(&self, launch: &CudaLaunch) -> Result<KernelId> {
+        let mut loaded = self.loaded.lock().unwrap_or_else(|e| e.into_inner());
+        let variant = (launch.source, launch.consts.clone());
+        let module = loaded.modules[&variant];
+        let large = launch.smem > 48 << 10;
+        let key = (
+            module,
+            launch.entry,
+            large,
+            if large { launch.smem } else { 0 },
+        );
+        if let Some(&kernel) = loaded.kernels.get(&key) {
+            return Ok(kernel);
+        }
+        let kernel = self
+            .driver
+            .kernel(module, launch.entry, launch.smem)
+            .map_err(|e| e.context(launch.source))?;
+        loaded.kernels.insert(key, kernel);
+        Ok(kernel)
+    }
+}
+
+/// What one node launches.
+struct Described {
+    launches: Vec<CudaLaunch>,
+    work: Vec<usize>,
+}
+
+/// Memory of a compiled graph: arenas, or on a driver that looks at every access, an allocation per tensor.
+struct Allocations {
+    driver: Arc<dyn Driver>,
+    addresses: Vec<u64>,
+}
+
+impl Allocations {
+    fn add(&mut self, elements: usize, owner: &str) -> Result<u64> {
+        let address = self.driver.alloc(4 * elements.max(1), owner)?;
+        self.addresses.push(address);
+        Ok(address)
+    }
+}
+
+impl Drop for Allocations {
+    fn drop(&mut self) {
+        self.addresses.iter().for_each(|&a| self.driver.free(a));
+    }
+}
+
+/// Addresses of everything a graph's launches point at.
+struct Addresses {
+    tensors: Vec<Option<u64>>,
+    /// By node, by workspace.
+    work: Vec<Vec<u64>>,
+}
+
+fn allocate(
+    graph: &Graph,
+    memory: &Memory,
+    described: &[Described],
+    allocations: &mut Allocations,
+) -> Result<Addresses> {
+    let driver = allocations.driver.clone();
+    let ids = || (0..graph.tensors.len()).map(|i| Tid(i as u32));
+    if driver.separate() {
+        let mut roots = HashMap::new();
+        for t in ids().filter(|&t| graph.tensor(t).view.is_none() && memory.place(t).is_some()) {
+            let tensor = graph.tensor(t);
+            let address = allocations.add(tensor.spec.len(), &tensor.name)?;
+            if tensor.kind == Kind::State {
+                driver.fill(address, 0, tensor.spec.len())?;
+            }
+            roots.insert(t, address);
+        }
+        let tensors = ids()
+            .map(|t| {
+                let (root, offset) = graph.root(t);
+                roots.get(&root).map(|a| a + 4 * offset as u64)
+            })
+            .collect();
+        let mut work = vec![];
+        for (node, d) in graph.nodes.iter().zip(described) {
+            let mut of_node = vec![];
+            for (k, &len) in d.work.iter().enumerate() {
+                let owner = format!("workspace {k} of {} {}", node.scope, node.op.name());
+                of_node.push(allocations.add(len, &owner)?);
+            }
+            work.push(of_node);
+        }
+        return Ok(Addresses { tensors, work });
+    }
+    let mut arenas = vec![];
+    for (i, &elements) in memory.arenas.iter().enumerate() {
+        arenas.push(allocations.add(elements, &format!("arena {i}"))?);
+    }
+    for (&address, &elements) in arenas.iter().zip(&memory.arenas) {
+        driver.fill(address, 0, elements)?;
+    }
+    let tensors = ids()
+        .map(|t| {
+            memory
+                .place(t)
+                .map(|p| arenas[p.arena] + 4 * p.offset as u64)
+        })
+        .collect();
+    let mut work = vec![];
+    for (i, d) in described.iter().enumerate() {
+        let mut of_node = vec![];
+        let mut at = 0;
+        for &len in &d.work {
+            let p = memory.work[i].ok_or_else(|| Error::run("workspace without memory"))?;
+            of_node.push(arenas[p.arena] + 4 * (p.offset + at) as u64);
+            at += len.next_multiple_of(ALIGN);
+        }
+        work.push(of_node);
+    }
+    Ok(Addresses { tensors, work })
+}
+
+/// What does not fit, and what would.
+fn check_memory(graph: &Graph, memory: &Memory, free: u64, total: u64) -> Result<()> {
+    let wanted = memory.bytes() as u64;
+    if wanted <= free {
+        return Ok(());
+    }
+    let persistent = 4 * memory.persistent as u64;
+    let mb = |b: u64| b as f64 / 1e6;
+    let batch = graph
+        .tensors
+        .iter()
+        .find(|t| t.kind == Kind::Input && t.spec.shape.len() > 1)
+        .map_or(1, |t| t.spec.shape[0] as u64);
+    // Temporaries grow with the batch, the rest does not.
+    let fits = (free.saturating_sub(persistent) as u128 * u128::from(batch)
+        / u128::from((wanted - persistent).max(1))) as u64;
+    let advice = match fits {
+        0 => "not even a batch of 1 fits: use a smaller model or image".to_string(),
+        n => format!("a batch of {n} would fit instead of {batch}"),
+    };
+    Err(Error::run(format!(
+        "the device's memory does not suffice: {:.0} MB wanted ({:.0} MB of parameters, state and inputs, {:.0} MB of \
+         temporaries as planned), {:.0} MB free of {:.0} MB; {advice}",
+        mb(wanted),
+        mb(persistent),
+        mb(wanted - persistent),
+        mb(free),
+        mb(total)
+    )))
+}
+
+impl Backend for Cuda {
+    fn name(&self) -> &'static str {
+        self.driver.name()
+    }
+
+    fn device(&self) -> String {
+        format!("{}, {}", self.driver.device(), self.options.precision)
+    }
+
+    fn compile(&self, graph: Arc<Graph>, options: &CompileOptions) -> Result<Box<dyn Exec>> {
+        let traits = self.driver.traits();
+        let precision = options.precision.unwrap_or(self.options.precision);
+        let mut described = Vec::with_capacity(graph.nodes.len());
+        for node in &graph.nodes {
+            let (x, y) = graph.node_specs(node);
+            let variant = options.variants.get(node.op.name()).map(String::as_str);
+            let mut cx = CudaCx::new(traits, precision, &x, &y, variant);
+            node.op.cuda(&mut cx).map_err(|e| e.context(&node.scope))?;
+            described.push(Described {
+                launches: cx.launches,
+                work: cx.work,
+            });
+        }
+        let work: Vec<usize> = described
+            .iter()
+            .map(|d| d.work.iter().map(|w| w.next_multiple_of(ALIGN)).sum())
+            .collect();
+        let limits = Limits {
+            align: ALIGN,
+            max_arena: usize::MAX / 8,
+        };
+        let memory = Memory::plan(&graph, &work, limits);
+        if let Some((free, total)) = self.driver.memory()? {
+            check_memory(&graph, &memory, free, total)?;
+        }
+        self.load(described.iter().flat_map(|d| &d.launches))?;
+        let mut allocations = Allocations {
+            driver: self.driver.clone(),
+            addresses: vec![],
+        };
+        let addresses = allocate(&graph, &memory, &described, &mut allocations)?;
+        let mut steps = vec![];
+        let mut nodes = vec![];
+        for (i, (node, d)) in graph.nodes.iter().zip(&described).enumerate() {
+            let address = |slot: Slot, offset: usize| -> Result<u64> {
+                let base = match slot {
+                    Slot::In(k) => addresses.tensors[node.inputs[k].index()],
+                    Slot::Out(k) => addresses.tensors[node.outputs[k].index()],
+                    Slot::Work(WorkId(k)) => Some(addresses.work[i][k]),
+                };
+                let base = base
+                    .ok_or_else(|| Error::run(format!("{}: {slot:?} has no memory", node.scope)))?;
+                Ok(base + 4 * offset as u64)
+            };
+            if options.poison {
+                let updated = node.op.updates();
+                for k in (0..node.outputs.len()).filter(|k| !updated.iter().any(|u| u.0 == *k)) {
+                    let n = graph.spec(node.outputs[k]).len();
+                    steps.push(Step::Poison(address(Slot::Out(k), 0)?, n));
+                }
+                for (k, &n) in d.work.iter().enumerate() {
+                    steps.push(Step::Poison(address(Slot::Work(WorkId(k)), 0)?, n));
+                }
+            }
+            for launch in &d.launches {
+                steps.push(Step::Launch(Placed {
+                    kernel: self.kernel(launch)?,
+                    label: format!("{} {}/{}", node.scope, launch.source, launch.entry),
+                    grid: launch.grid,
+                    block: launch.block,
+                    smem: launch.smem,
+                    params: pack(&launch.args, address)?,
+                    offsets: offsets(&launch.args),
+                }));
+            }
+            nodes.resize(steps.len(), i);
+        }
+        Ok(Box::new(CudaExec {
+            graph,
+            memory,
+            driver: self.driver.clone(),
+            addresses: addresses.tensors,
+            steps,
+            nodes,
+            capture: self.options.graph,
+            ran: HashMap::new(),
+            _allocations: allocations,
+        }))
+    }
+}
+
+/// Where each parameter starts in the block that [`pack`] makes.
+fn offsets(args: &[Arg]) -> Vec<usize> {
+    let mut end = 0usize;
+    args.iter()
+        .map(|a| {
+            let start = end.next_multiple_of(a.bytes());
+            end = start + a.bytes();
+            start
+        })
+        .collect()
+}
+
+struct CudaExec {
+    graph: Arc<Graph>,
+    memory: Memory,
+    driver: Arc<dyn Driver>,
+    addresses: Vec<Option<u64>>,
+    steps: Vec<Step>,
+    /// The node of each step.
+    nodes: Vec<usize>,
+    capture: bool,
+    /// Phases that ran before, with their graph once it is recorded.
+    ran: HashMap<Vec<Phase>, Option<GraphId>>,
+    _allocations: Allocations,
+}
+
+impl CudaExec {
+    fn place(&self, t: Tid) -> Result<(u64, usize)> {
+        let tensor = self.graph.tensor(t);
+        self.addresses[t.index()]
+            .map(|a| (a, tensor.spec.len()))
+            .ok_or_else(|| {
+                Error::run(format!(
+                    "{} is not used by the graph and has no memory",
+                    tensor.name
+                ))
+            })
+    }
+
+    fn set<T: bytemuck::Pod>(&mut self, t: Tid, data: &[T]) -> Result<()> {
+        let (address, n) = self.place(t)?;
+        if data.len() != n {
+            let name = &self.graph.tensor(t).name;
+            return Err(Error::run(format!(
+                "{name} has {n} elements, {} were given",
+                data.len()
+            )));
+        }
+        self.driver.upload(address, bytemuck::cast_slice(data))
+    }
+
+    fn get<T: bytemuck::Pod>(&mut self, t: Tid) -> Result<Vec<T>> {
+        let (address, n) = self.place(t)?;
+        let mut out = vec![T::zeroed(); n];
+        self.driver
+            .download(address, bytemuck::cast_slice_mut(&mut out))
+            .map_err(|e| e.context(&self.graph.tensor(t).name))?;
+        Ok(out)
+    }
+
+    fn wanted(&self, phases: &[Phase]) -> Vec<usize> {
+        (0..self.steps.len())
+            .filter(|&i| phases.contains(&self.graph.nodes[self.nodes[i]].phase))
+            .collect()
+    }
+}
+
+impl Drop for CudaExec {
+    fn drop(&mut self) {
+        for graph in self.ran.values().flatten() {
+            self.driver.forget(*graph);
+        }
+    }
+}
+
+impl Exec for CudaExec {
+    fn graph(&self) -> &Graph {
+        &self.graph
+    }
+
+    fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    fn write(&mut self, t: Tid, data: &[f32]) -> Result<()> {
+        self.set(t, data)
+    }
+
+    fn write_u32(&mut self, t: Tid, data: &[u32]) -> Result<()> {
+        self.set(t, data)
+    }
+
+    fn read(&mut self, t: Tid) -> Result<Vec<f32>> {
+        self.get(t)
+    }
+
+    fn read_u32(&mut self, t: Tid) -> Result<Vec<u32>> {
+        self.get(t)
+    }
+
+    fn run(&mut self, phases: &[Phase]) -> Result<()> {
+        // The first run goes launch by launch: a driver may load kernels lazily, which cannot be recorded.
+        let again = self.ran.contains_key(phases);
+        if self.capture && again && self.ran[phases].is_none() {
+            let wanted = self.wanted(phases);
+            let steps: Vec<&Step> = wanted.iter().map(|&i| &self.steps[i]).collect();
+            let graph = self.driver.capture(&steps)?;
+            self.ran.insert(phases.to_vec(), graph);
+        }
+        if let Some(&Some(graph)) = self.ran.get(phases) {
+            self.driver.replay(graph)?;
+            return self.driver.synchronize();
+        }
+        for i in self.wanted(phases) {
+            self.driver.step(&self.steps[i])?;
+        }
+        self.ran.entry(phases.to_vec()).or_default();
+        self.driver.synchronize()
+    }
+
+    fn run_timed(&mut self, phases: &[Phase]) -> Result<Vec<(usize, Duration)>> {
+        let wanted = self.wanted(phases);
+        let steps: Vec<&Step> = wanted.iter().map(|&i| &self.steps[i]).collect();
+        let mut times: Vec<(usize, Duration)> = vec![];
+        for (&i, time) in wanted.iter().zip(self.driver.timed(&steps)?) {
+            let node = self.nodes[i];
+            match times.last_mut() {
+                Some(last) if last.0 == node => last.1 += time,
+                _ => times.push((node, time)),
+            }
+        }
+        Ok(times)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::graph::Spec;
+    use crate::ops::act::{Act, ActFwd};
+
+    #[test]
+    fn too_little_memory_says_what_would_fit() {
+        let mut g = Graph::new();
+        let x = g.input("images", Spec::f32([64, 1000]));
+        let mut y = x;
+        for _ in 0..3 {
+            y = g.push1(ActFwd { act: Act::Relu }, &[y]).unwrap();
+        }
+        g.keep(y);
+        let limits = Limits {
+            align: ALIGN,
+            max_arena: usize::MAX / 8,
+        };
+        let memory = Memory::plan(&g, &[0; 3], limits);
+        let bytes = memory.bytes() as u64;
+        check_memory(&g, &memory, bytes, bytes).unwrap();
+        let persistent = 4 * memory.persistent as u64;
+        let half = persistent + (bytes - persistent) / 2;
+        let e = check_memory(&g, &memory, half, 2 * bytes).unwrap_err();
+        assert!(
+            e.to_string()
+                .contains("a batch of 32 would fit instead of 64"),
+            "{e}"
+        );
+        let e = check_memory(&g, &memory, persistent, bytes).unwrap_err();
+        assert!(e.to_string().contains("not even a batch of 1"), "{e}");
+    }
+}
