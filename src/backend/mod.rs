@@ -33,6 +33,11 @@ pub trait Backend: Send + Sync {
     /// The device, for people and for recorded results.
     fn device(&self) -> String;
 
+    /// What products are computed in where [`CompileOptions::precision`] does not say.
+    fn precision(&self) -> cuda::Precision {
+        cuda::Precision::F32
+    }
+
     /// Plans memory and prepares every launch of `graph`.
     ///
     /// # Errors
@@ -85,7 +90,7 @@ pub trait Exec: Send {
     fn run_timed(&mut self, phases: &[Phase]) -> Result<Vec<(usize, Duration)>>;
 }
 
-/// The backend called `name` (`cpu`, `wgpu` or `cuda`), never another in its place.
+/// The backend called `name` (`cpu`, `wgpu`, `cuda` or `cuda:sim`), never another in its place.
 ///
 /// # Errors
 /// The name is unknown, or the backend has no device here: the message says what is missing and how to get it.
@@ -93,9 +98,10 @@ pub fn open(name: &str) -> Result<Box<dyn Backend>> {
     match name {
         "cpu" => Ok(Box::new(cpu::Cpu::new())),
         "wgpu" => wgpu::open(),
-        "cuda" => cuda::open(cuda::CudaOptions::default()),
+        "cuda" => cuda::open_device(None, cuda::CudaOptions::default()),
+        "cuda:sim" => cuda::open_device(Some("sim"), cuda::CudaOptions::default()),
         other => Err(Error::input(format!(
-            "no backend is called {other}; there are cpu, wgpu and cuda"
+            "no backend is called {other}; there are cpu, wgpu, cuda and cuda:sim"
         ))),
     }
 }

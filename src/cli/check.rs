@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::process::ExitCode;
+use tilewright::backend::cuda;
 use tilewright::backend::wgpu::{Wgpu, WgpuOptions, adapters};
 use tilewright::backend::{Backend, CompileOptions};
 use tilewright::ops::check::{Finding, case_graph, check_gradients, run_case, seed_of};
@@ -107,6 +108,7 @@ fn variants(
     let cg = case_graph(&case, seed_of(params))?;
     let of = |n: &tilewright::graph::Node| match backend.name() {
         "wgpu" => (n.op.name(), n.op.wgpu_variants()),
+        "cuda" | "cuda:sim" => (n.op.name(), n.op.cuda_variants()),
         _ => (n.op.name(), n.op.cpu_variants()),
     };
     Ok(cg
@@ -123,10 +125,17 @@ impl Check {
     fn backends(&self, g: &Global) -> Result<Vec<(String, Box<dyn Backend>)>> {
         let names = match &g.backend {
             Some(name) => vec![name.clone()],
-            None if adapters().is_ok() => vec!["cpu".into(), "wgpu".into()],
             None => {
-                g.remark("wgpu is absent here and not checked");
-                vec!["cpu".into()]
+                let mut names = vec!["cpu".to_string()];
+                let wgpu = adapters().is_ok();
+                let others = [("wgpu", wgpu), ("cuda", cuda::present())];
+                for (name, there) in others {
+                    match there {
+                        true => names.push(name.into()),
+                        false => g.remark(&format!("{name} is absent here and not checked")),
+                    }
+                }
+                names
             }
         };
         let open = |name: String| -> Result<(String, Box<dyn Backend>)> {

@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use tilewright::Result;
 use tilewright::backend::Backend;
 use tilewright::backend::cpu::Cpu;
+use tilewright::backend::cuda::{Nvrtc, cuda_devices};
 use tilewright::backend::wgpu::{AdapterReport, adapters};
 
 /// What there is to compute on.
@@ -79,11 +80,26 @@ impl Devices {
                     json!({"name": "wgpu", "available": false, "reason": e.to_string(), "adapters": []})
                 }
             };
+            let devices = cuda_devices();
+            let nvrtc = Nvrtc::get();
+            let cuda = json!({
+                "name": "cuda",
+                "available": devices.is_ok() && nvrtc.is_ok(),
+                "reason": devices.as_ref().err().map(ToString::to_string),
+                "devices": devices.as_deref().unwrap_or_default(),
+                "nvrtc": match &nvrtc {
+                    Ok(n) => json!({"version": n.version_text(), "path": n.path()}),
+                    Err(e) => json!({"reason": e.to_string()}),
+                },
+            });
+            let sim = json!({"name": "cuda:sim", "available": nvrtc.is_ok()});
             json(&json!({
                 "default": default,
                 "backends": [
                     {"name": "cpu", "available": true, "device": cpu, "threads": rayon::current_num_threads()},
                     wgpu,
+                    cuda,
+                    sim,
                 ],
             }))?;
             return Ok(ExitCode::SUCCESS);
@@ -95,6 +111,23 @@ impl Devices {
                 let _ = writeln!(out, "wgpu  absent: {e}");
             }
         }
+        match cuda_devices() {
+            Ok(list) => list.iter().enumerate().for_each(|(i, d)| {
+                let _ = writeln!(out, "cuda  {i}: {d}");
+            }),
+            Err(e) => {
+                let _ = writeln!(out, "cuda  absent: {e}");
+            }
+        }
+        let _ = match Nvrtc::get() {
+            Ok(n) => writeln!(
+                out,
+                "      NVRTC {} at {}; cuda:sim runs the CUDA kernels on the processor, to check them",
+                n.version_text(),
+                n.path().display()
+            ),
+            Err(e) => writeln!(out, "      {e}"),
+        };
         let why = match (default, &found) {
             ("cpu", Ok(_)) => {
                 " (the adapters above compute on the processor, and its own backend does that faster)"

@@ -4,6 +4,7 @@ use super::output::note;
 use clap::Args;
 use std::path::PathBuf;
 use tilewright::backend::cpu::Cpu;
+use tilewright::backend::cuda::{self, CudaOptions, KernelSource, Precision};
 use tilewright::backend::wgpu::shaders::ShaderSource;
 use tilewright::backend::wgpu::{AdapterReport, Wgpu, WgpuOptions, adapters};
 use tilewright::backend::{self, Backend};
@@ -12,7 +13,8 @@ use tilewright::{Error, Result};
 /// Flags that every command takes.
 #[derive(Args, Debug)]
 pub struct Global {
-    /// Where to compute: cpu, wgpu, or wgpu:PART-OF-AN-ADAPTER'S-NAME [default: wgpu on a real GPU, else cpu]
+    /// Where to compute: cpu, wgpu, wgpu:PART-OF-AN-ADAPTER'S-NAME, cuda, cuda:NUMBER, or cuda:sim, the simulator [default:
+    /// cuda, else wgpu on a real GPU, else cpu]
     #[arg(
         long,
         global = true,
@@ -43,6 +45,20 @@ pub struct Global {
         help_heading = "Global options"
     )]
     pub shaders: Option<PathBuf>,
+    /// Read the CUDA kernels from this folder in place of the built-in ones
+    #[arg(
+        long,
+        global = true,
+        value_name = "DIR",
+        help_heading = "Global options"
+    )]
+    pub kernels: Option<PathBuf>,
+    /// What products are computed in on cuda: f32, tf32 or bf16 [default: f32]
+    #[arg(long, global = true, value_name = "P", help_heading = "Global options")]
+    pub precision: Option<Precision>,
+    /// Launch kernel by kernel on cuda, in place of replaying a run as one CUDA graph
+    #[arg(long, global = true, help_heading = "Global options")]
+    pub no_graph: bool,
 }
 
 impl Global {
@@ -81,22 +97,54 @@ impl Global {
             Some((kind, adapter)) => (kind, Some(adapter.to_string())),
             None => (name, None),
         };
+        if kind == "cuda" {
+            self.refuse(&self.shaders, "--shaders", kind, "wgpu")?;
+            return cuda::open_device(adapter.as_deref(), self.cuda_options()?);
+        }
+        self.refuse(&self.kernels, "--kernels", kind, "cuda")?;
+        if let Some(p) = self.precision.filter(|&p| p != Precision::F32) {
+            return Err(Error::input(format!(
+                "--precision {p} is for the cuda backend; {kind} computes in f32"
+            )));
+        }
         if kind == "wgpu" {
             return Ok(Box::new(Wgpu::open(&WgpuOptions {
                 adapter,
                 ..self.wgpu_options()?
             })?));
         }
-        if let Some(dir) = &self.shaders {
-            return Err(Error::input(format!(
-                "--shaders {} is for the wgpu backend, not {kind}; add --backend wgpu",
-                dir.display()
-            )));
-        }
+        self.refuse(&self.shaders, "--shaders", kind, "wgpu")?;
         if name == "cpu" {
             return Ok(Box::new(Cpu::new()));
         }
         backend::open(name)
+    }
+
+    /// A folder of kernels for a backend that is not the one in use.
+    fn refuse(&self, dir: &Option<PathBuf>, flag: &str, kind: &str, right: &str) -> Result<()> {
+        match dir {
+            Some(dir) => Err(Error::input(format!(
+                "{flag} {} is for the {right} backend, not {kind}; add --backend {right}",
+                dir.display()
+            ))),
+            None => Ok(()),
+        }
+    }
+
+    /// Options of the cuda backend.
+    ///
+    /// # Errors
+    /// `--kernels` is not a folder.
+    pub fn cuda_options(&self) -> Result<CudaOptions> {
+        let source = match &self.kernels {
+            Some(dir) => KernelSource::from_dir(dir)?,
+            None => KernelSource::default(),
+        };
+        Ok(CudaOptions {
+            source,
+            precision: self.precision.unwrap_or_default(),
+            graph: !self.no_graph,
+        })
     }
 
     /// Options of the wgpu backend.
@@ -127,6 +175,9 @@ pub fn is_gpu(adapter: &AdapterReport) -> bool {
 
 /// What runs where no backend is named.
 pub fn default_backend() -> &'static str {
+    if cuda::present() {
+        return "cuda";
+    }
     let gpu = may_have_gpu() && adapters().is_ok_and(|a| a.first().is_some_and(is_gpu));
     if gpu { "wgpu" } else { "cpu" }
 }

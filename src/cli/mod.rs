@@ -10,6 +10,7 @@ mod devices;
 mod eval;
 mod failure;
 mod global;
+mod kernels;
 mod models;
 mod output;
 mod predict;
@@ -80,6 +81,8 @@ enum Command {
     Forward(tensors::Forward),
     /// Loss and every gradient for labelled tensors
     Grad(tensors::Grad),
+    /// The CUDA kernels compiled to files, with what launches them: for disassemblers and for a look
+    Kernels(kernels::Kernels),
     /// Every kernel against its float64 reference, and every gradient against finite differences
     Check(check::Check),
 }
@@ -98,6 +101,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Train(c) => c.run(g),
         Command::Forward(c) => c.run(g),
         Command::Grad(c) => c.run(g),
+        Command::Kernels(c) => c.run(g),
         Command::Check(c) => c.run(g),
     }
 }

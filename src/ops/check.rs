@@ -4,6 +4,7 @@
 use super::Room;
 use super::case::{Case, Fill, Operand};
 use super::reference::{Host, Values, fetch, interpret, store};
+use crate::backend::cuda::Precision;
 use crate::backend::{Backend, CompileOptions};
 use crate::graph::{DType, Graph, Kind, Phase, Tid};
 use crate::philox::Philox;
@@ -171,6 +172,16 @@ impl CaseGraph {
 
 /// Compares `got` with `want`: places of NaN and infinity first, then `!(error <= allowance)`.
 pub fn compare(tensor: &str, got: &[f64], want: &[f64], tolerance: f64) -> Finding {
+    compare_by(tensor, got, want, |w, rms| tolerance * (rms + w.abs()))
+}
+
+/// [`compare`] with the allowance of an element by its value and the tensor's root mean square.
+fn compare_by(
+    tensor: &str,
+    got: &[f64],
+    want: &[f64],
+    allowance: impl Fn(f64, f64) -> f64,
+) -> Finding {
     let finite: Vec<f64> = want.iter().copied().filter(|v| v.is_finite()).collect();
     let rms = (finite.iter().map(|v| v * v).sum::<f64>() / finite.len().max(1) as f64).sqrt();
     let mut worst = Finding {
@@ -188,7 +199,7 @@ pub fn compare(tensor: &str, got: &[f64], want: &[f64], tolerance: f64) -> Findi
                 f64::NAN
             }
         } else {
-            (g - w).abs() / (tolerance * (rms + w.abs()) + 1e-30)
+            (g - w).abs() / (allowance(w, rms) + 1e-30)
         };
         if ratio.is_nan() || ratio > worst.worst {
             worst = Finding {
@@ -205,6 +216,43 @@ pub fn compare(tensor: &str, got: &[f64], want: &[f64], tolerance: f64) -> Findi
     }
     worst
 }
+
+/// `v` rounded to the operands of a precision, to nearest even.
+fn round_to(v: f64, precision: Precision) -> f64 {
+    let drop = match precision {
+        Precision::F32 => return v,
+        Precision::Tf32 => 13,
+        Precision::Bf16 => 16,
+    };
+    let bits = (v as f32).to_bits();
+    if !(v as f32).is_finite() {
+        return v;
+    }
+    let odd = (bits >> drop) & 1;
+    let rounded = bits + (1 << (drop - 1)) - 1 + odd;
+    f64::from(f32::from_bits(rounded >> drop << drop))
+}
+
+impl CaseGraph {
+    /// Everything computed by the references from operands that are rounded to `precision`.
+    fn reference_of_rounded(&self, precision: Precision) -> Values {
+        let mut v = self.values();
+        for (t, _, dtype) in &self.inputs {
+            if *dtype == DType::F32
+                && let Some(host) = v.get_mut(t)
+            {
+                host.data
+                    .iter_mut()
+                    .for_each(|x| *x = round_to(*x, precision));
+            }
+        }
+        interpret(&self.graph, &[Phase::Forward, Phase::Backward], &mut v);
+        v
+    }
+}
+
+/// How much larger than the error of rounding the operands alone the error of a kernel in tf32 or bf16 may be.
+pub const ROUNDING_FACTOR: f64 = 2.5;
 
 /// Runs one case on a backend and compares every result and gradient with the reference.
 ///
@@ -237,6 +285,11 @@ pub fn run_case(
         cg.graph.node_cost(n).flops as f64 / smallest as f64
     });
     let tolerance = F32_TOLERANCE * terms.fold(1.0, f64::max).sqrt().max(1.0);
+    let rounded = match options.precision.unwrap_or(backend.precision()) {
+        Precision::F32 => None,
+        p @ Precision::Tf32 => Some((2f64.powi(-11), cg.reference_of_rounded(p))),
+        p @ Precision::Bf16 => Some((2f64.powi(-8), cg.reference_of_rounded(p))),
+    };
     let mut findings = vec![];
     for (name, t) in &cg.outputs {
         let want = fetch(&cg.graph, &reference, *t);
@@ -250,7 +303,19 @@ pub fn run_case(
                 room.name
             )));
         }
-        findings.push(compare(name, &got, &want.data, tolerance));
+        let Some((unit, rounded)) = &rounded else {
+            findings.push(compare(name, &got, &want.data, tolerance));
+            continue;
+        };
+        // What rounding the operands costs: as measured at the worst element, and at least half a unit in the last
+        // place, which a case of few elements may miss by luck.
+        let other = fetch(&cg.graph, rounded, *t);
+        let moved = want.data.iter().zip(&other.data);
+        let worst = moved.map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+        findings.push(compare_by(name, &got, &want.data, |w, rms| {
+            let scale = rms + w.abs();
+            ROUNDING_FACTOR * worst.max(unit * scale) + tolerance * scale
+        }));
     }
     Ok(findings)
 }

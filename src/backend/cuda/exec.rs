@@ -267,6 +267,10 @@ impl Backend for Cuda {
         format!("{}, {}", self.driver.device(), self.options.precision)
     }
 
+    fn precision(&self) -> Precision {
+        self.options.precision
+    }
+
     fn compile(&self, graph: Arc<Graph>, options: &CompileOptions) -> Result<Box<dyn Exec>> {
         let traits = self.driver.traits();
         let precision = options.precision.unwrap_or(self.options.precision);

@@ -68,6 +68,22 @@ pub struct Traits {
     pub max_smem: u32,
 }
 
+impl Traits {
+    /// Those of a device of `arch` where there is none to ask: NVIDIA's data-centre parts.
+    pub fn assumed(arch: u32) -> Traits {
+        let (sms, max_smem) = match arch {
+            90.. => (132, 227 * 1024),
+            80 => (108, 163 * 1024),
+            _ => (72, MAX_SMEM),
+        };
+        Traits {
+            arch,
+            sms,
+            max_smem,
+        }
+    }
+}
+
 /// Workspace of one node, by order of request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct WorkId(pub usize);

@@ -15,18 +15,47 @@ pub use compile::Compiler;
 pub use exec::{Cuda, CudaOptions};
 pub use launch::{Arg, Consts, CudaCx, CudaLaunch, Precision, Slot, Traits, WorkId, vector};
 pub use nvrtc::{Nvrtc, Target};
+pub use real::Real;
 pub use shape::{Columns, Rows};
 pub use sources::KernelSource;
 
 use super::Backend;
-use crate::Result;
+use crate::{Error, Result};
+use driver::Driver;
 use std::sync::Arc;
 
-/// The first device of the machine.
+/// The device `which`: a number (the first device is 0 and the default), or `sim`.
 ///
 /// # Errors
-/// There is no driver, no device or no NVRTC: the message says what to install.
-pub fn open(options: CudaOptions) -> Result<Box<dyn Backend>> {
-    let driver = Arc::new(real::Real::open(0)?);
-    Ok(Box::new(Cuda::new(driver, options)?))
+/// There is no driver, no such device or no NVRTC: the message says what to install.
+pub fn open_device(which: Option<&str>, options: CudaOptions) -> Result<Box<dyn Backend>> {
+    let ordinal = match which {
+        None => 0,
+        Some(n) => n.parse().map_err(|_| {
+            Error::input(format!(
+                "no CUDA device is called {n}; there are cuda, cuda:NUMBER and cuda:sim"
+            ))
+        })?,
+    };
+    Ok(Box::new(Cuda::new(
+        Arc::new(Real::open(ordinal)?),
+        options,
+    )?))
+}
+
+/// Whether this machine has a device and a compiler for it.
+pub fn present() -> bool {
+    real::present() && Nvrtc::get().is_ok() && Real::open(0).is_ok()
+}
+
+/// Every device of the machine, for people.
+///
+/// # Errors
+/// There is no driver or no device.
+pub fn cuda_devices() -> Result<Vec<String>> {
+    let mut found = vec![Real::open(0)?.device()];
+    while let Ok(next) = Real::open(found.len()) {
+        found.push(next.device());
+    }
+    Ok(found)
 }

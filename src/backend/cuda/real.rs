@@ -29,6 +29,12 @@ unsafe impl Send for Real {}
 // SAFETY: as above.
 unsafe impl Sync for Real {}
 
+/// Whether there is a driver.
+pub fn present() -> bool {
+    // SAFETY: looks for the library and closes it again.
+    unsafe { sys::is_culib_present() }
+}
+
 /// A driver error with what was being done.
 fn failed(what: &str) -> impl Fn(DriverError) -> Error + '_ {
     move |e| {
@@ -55,8 +61,7 @@ impl Real {
     /// # Errors
     /// [`Error::Input`] where there is no driver or no such device: what is missing and how to get it.
     pub fn open(ordinal: usize) -> Result<Real> {
-        // SAFETY: looks for the library and closes it again.
-        if !unsafe { sys::is_culib_present() } {
+        if !present() {
             return Err(Error::input(
                 "there is no CUDA driver: looked for libcuda.so and libcuda.so.1 (Windows: nvcuda.dll) in the library \
                  path; it comes with NVIDIA's display driver. --backend cuda:sim runs the kernels without a GPU",
