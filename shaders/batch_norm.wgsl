@@ -103,7 +103,7 @@ fn normalize(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg:
     let c = i % p.ct;
     var v = (norm_x[i] - norm_coef[p.ct + c]) * norm_coef[c] + norm_coef[2u * p.ct + c];
     if (p.flags & 2u) != 0u { v += norm_residual[i]; }
-    if (p.flags & 1u) != 0u { v = max(v, T(0.0)); }
+    if (p.flags & 1u) != 0u { v = select(v, T(0.0), v < T(0.0)); }
     norm_y[i] = v;
 }
 

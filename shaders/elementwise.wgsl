@@ -19,7 +19,7 @@ fn add(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: vec3<
     let i = index(l, wg);
     if i < p.n {
         let v = a[i] + b[i];
-        y[i] = select(v, max(v, T(0.0)), p.f == 1u);
+        y[i] = select(v, select(v, T(0.0), v < T(0.0)), p.f == 1u);
     }
 }
 

@@ -92,7 +92,7 @@ fn fprop(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: vec
                 if (p.flags & 1u) != 0u { v += bias[channel]; }
                 if (p.flags & 2u) != 0u { v += addend[at]; }
                 if (p.flags & 4u) != 0u { pre[at] = v; }
-                y[at] = select(v, max(v, vec4(0.0)), p.act == 1u);
+                y[at] = select(v, vec4(0.0), (v < vec4(0.0)) & vec4(p.act == 1u));
             }
         }
 //#end

@@ -62,7 +62,7 @@ fn erf_t(x: T) -> T {
 // Activations by number: 0 none, 1 ReLU, 2 GELU by erf, 3 GELU by tanh.
 fn act_value(f: u32, x: T) -> T {
     switch f {
-        case 1u: { return max(x, T(0.0)); }
+        case 1u: { return select(x, T(0.0), x < T(0.0)); }
         case 2u: { return T(0.5) * x * (T(1.0) + erf_t(x * T(0.70710678))); }
         case 3u: { return T(0.5) * x * (T(1.0) + tanh_t(T(0.79788456) * (x + T(0.044715) * x * x * x))); }
         default: { return x; }

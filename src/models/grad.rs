@@ -75,13 +75,13 @@ pub fn grad(
     for &(_, d) in &grads {
         graph.keep(d);
     }
-    // The smallest rounding errors: batch norm over few images amplifies them until activations near zero fall on the
-    // other side of ReLU's kink.
+    // The smallest rounding errors forward: batch norm over few images amplifies them until activations near zero fall
+    // on the other side of ReLU's kink, which moves every gradient before it by some thousandths.
     let mut compile = CompileOptions::default();
     if backend.name() == "cpu" {
-        for op in ["conv2d", "conv2d_dgrad", "conv2d_wgrad"] {
-            compile.variants.insert(op.into(), "implicit_gemm".into());
-        }
+        compile
+            .variants
+            .insert("conv2d".into(), "float64_sums".into());
     }
     let mut exec = backend.compile(Arc::new(graph), &compile)?;
     write_parameters(exec.as_mut(), Some((&loaded, weights)), options.seed)?;

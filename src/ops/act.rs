@@ -13,7 +13,7 @@ use std::str::FromStr;
 /// Which function.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Act {
-    /// `max(x, 0)`.
+    /// `max(x, 0)`; NaN stays NaN.
     Relu,
     /// GELU by erf.
     Gelu,
@@ -34,7 +34,8 @@ impl Act {
     /// `f(x)` in float64.
     pub fn value(self, x: f64) -> f64 {
         match self {
-            Act::Relu => x.max(0.0),
+            Act::Relu if x < 0.0 => 0.0,
+            Act::Relu => x,
             Act::Gelu => 0.5 * x * (1.0 + erf(x * std::f64::consts::FRAC_1_SQRT_2)),
             Act::GeluTanh => 0.5 * x * (1.0 + gelu_inner(x).tanh()),
         }
@@ -43,7 +44,7 @@ impl Act {
     /// `f'(x)` in float64.
     pub fn slope(self, x: f64) -> f64 {
         match self {
-            Act::Relu => f64::from(x > 0.0),
+            Act::Relu => f64::from(u8::from(x.is_nan() || x > 0.0)),
             Act::Gelu => {
                 let phi = (-0.5 * x * x).exp() / (2.0 * std::f64::consts::PI).sqrt();
                 0.5 * (1.0 + erf(x * std::f64::consts::FRAC_1_SQRT_2)) + x * phi
@@ -60,7 +61,8 @@ impl Act {
     #[inline(always)]
     pub fn value_f32(self, x: f32) -> f32 {
         match self {
-            Act::Relu => x.max(0.0),
+            Act::Relu if x < 0.0 => 0.0,
+            Act::Relu => x,
             Act::Gelu => 0.5 * x * (1.0 + erf_f32(x * std::f32::consts::FRAC_1_SQRT_2)),
             Act::GeluTanh => 0.5 * x * (1.0 + tanh_f32(gelu_inner_f32(x))),
         }
@@ -70,7 +72,7 @@ impl Act {
     #[inline(always)]
     pub fn slope_f32(self, x: f32) -> f32 {
         match self {
-            Act::Relu => f32::from(u8::from(x > 0.0)),
+            Act::Relu => f32::from(u8::from(x.is_nan() || x > 0.0)),
             Act::Gelu => {
                 let phi = exp_f32(-0.5 * x * x) * 0.398_942_3;
                 0.5 * (1.0 + erf_f32(x * std::f32::consts::FRAC_1_SQRT_2)) + x * phi
@@ -326,7 +328,7 @@ impl Graph {
         self.push1(ActFwd { act }, &[x])
     }
 
-    /// `max(x, 0)`.
+    /// `max(x, 0)`; NaN stays NaN.
     ///
     /// # Errors
     /// None for a well-formed graph.
@@ -358,6 +360,16 @@ pub const ROOM: Room = Room {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn relu_lets_nan_through() {
+        assert!(Act::Relu.value_f32(f32::NAN).is_nan());
+        assert!(Act::Relu.value(f64::NAN).is_nan());
+        assert_eq!(
+            [Act::Relu.slope_f32(f32::NAN), Act::Relu.slope_f32(0.0)],
+            [1.0, 0.0]
+        );
+    }
 
     #[test]
     fn float32_functions_follow_float64() {

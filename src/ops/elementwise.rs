@@ -57,7 +57,7 @@ impl Op for Add {
         for (i, v) in y[0].data.iter_mut().enumerate() {
             *v = x[0].data[i] + x[1].data[i];
             if self.relu {
-                *v = v.max(0.0);
+                *v = Act::Relu.value(*v);
             }
         }
     }
@@ -66,7 +66,7 @@ impl Op for Add {
         let relu = self.relu;
         Ok(Box::new(move |a| {
             if relu {
-                par::map2(a.x(0), a.x(1), a.y(0), |a, b| (a + b).max(0.0));
+                par::map2(a.x(0), a.x(1), a.y(0), |a, b| Act::Relu.value_f32(a + b));
             } else {
                 par::map2(a.x(0), a.x(1), a.y(0), |a, b| a + b);
             }

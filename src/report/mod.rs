@@ -12,6 +12,26 @@ use base64::Engine;
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
+/// Beginning and end of the names of files that are being written.
+const PART: (&str, &str) = (".tilewright-", ".part");
+
+/// Removes what killed processes were writing in `dir`. Nothing else may be writing there.
+///
+/// # Errors
+/// [`crate::Error::Run`] where the folder cannot be read or a file not removed.
+pub fn remove_parts(dir: &Path) -> Result<()> {
+    let fail = |e| Error::writing(dir, e);
+    for entry in std::fs::read_dir(dir).map_err(fail)? {
+        let entry = entry.map_err(fail)?;
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        if name.starts_with(PART.0) && name.ends_with(PART.1) {
+            std::fs::remove_file(entry.path()).map_err(fail)?;
+        }
+    }
+    Ok(())
+}
+
 /// Writes `bytes` to `path` whole or not at all: a temporary file beside it, fsync, rename, fsync of the folder.
 ///
 /// # Errors
@@ -37,6 +57,7 @@ pub fn write_atomic_with(
     };
     let fail = |e| Error::writing(path, e);
     let mut builder = tempfile::Builder::new();
+    builder.prefix(PART.0).suffix(PART.1);
     #[cfg(unix)]
     {
         // As any new file: the umask decides. A temporary file's own mode would lock everyone else out.

@@ -16,7 +16,7 @@ use crate::report::metrics::Subject;
 use crate::report::plot;
 use crate::report::progress::Progress;
 use crate::report::runlog::{EpochRow, EventLog, MetricsLog, StepEvent, read_metrics};
-use crate::report::write_atomic;
+use crate::report::{remove_parts, write_atomic};
 use crate::weights::naming::is_classifier;
 use crate::weights::{FileNames, FloatFormat, Loaded, WeightFile};
 use crate::{Error, Result};
@@ -348,6 +348,7 @@ impl Run {
         }
         for d in [&dir, &dir.join("checkpoints"), &dir.join("plots")] {
             std::fs::create_dir_all(d).map_err(|e| Error::writing(d, e))?;
+            remove_parts(d)?;
         }
         let at = resumed.as_ref().map(|r| r.1.clone()).unwrap_or_default();
         let metrics = MetricsLog::open(&dir.join("metrics.csv"), at.epoch)?;
@@ -697,6 +698,6 @@ pub fn provenance(backend: &dyn Backend, seed: u64) -> Provenance {
         commit: option_env!("TILEWRIGHT_COMMIT").unwrap_or_default().into(),
         device: format!("{}: {}", backend.name(), backend.device()),
         seed,
-        finished: String::new(),
+        finished: humantime::format_rfc3339_seconds(std::time::SystemTime::now()).to_string(),
     }
 }

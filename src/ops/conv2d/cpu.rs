@@ -15,6 +15,7 @@
 //! Nothing depends on the number of threads but which thread does what, so the bits do not either.
 
 mod blocks;
+pub mod exact;
 mod wgrad;
 mod winograd;
 
@@ -121,11 +122,13 @@ pub fn fprop_packed(
 
 /// Names of the variants; `auto` is the faster of the others.
 pub const VARIANTS: &[&str] = &["auto", "implicit_gemm", "winograd_4x4"];
+/// Those of the forward pass: one more, [`exact`], which the rule never takes.
+pub const FPROP_VARIANTS: &[&str] = &["auto", "implicit_gemm", "winograd_4x4", "float64_sums"];
 
 /// What a variant's name stands for.
 pub(super) fn algorithm(variant: Option<&str>) -> Result<Algorithm> {
     match variant {
-        None | Some("auto") => Ok(Algorithm::Auto),
+        None | Some("auto" | "float64_sums") => Ok(Algorithm::Auto),
         Some("implicit_gemm") => Ok(Algorithm::ImplicitGemm),
         Some("winograd_4x4") => Ok(Algorithm::Winograd),
         Some(other) => Err(Error::input(format!(

@@ -157,6 +157,13 @@ impl Op for Conv2d {
             algorithm: cpu::algorithm(cx.variant)?,
             ..self.shape(cx.x)
         };
+        if cx.variant == Some("float64_sums") {
+            return Ok(Box::new(move |a| {
+                let residual = a.x_if(op.residual, 2 + usize::from(op.bias));
+                let (x, w, bias) = (a.x(0), a.x(1), a.x_if(op.bias, 2));
+                cpu::exact::fprop(&s, x, w, bias, residual, op.relu, a.y(0));
+            }));
+        }
         if cx.constant(1) {
             cx.release(1);
             // The weights do not change: packed at the first run, and the plain copy's memory given back.
@@ -193,7 +200,7 @@ impl Op for Conv2d {
     }
 
     fn cpu_variants(&self) -> &'static [&'static str] {
-        cpu::VARIANTS
+        cpu::FPROP_VARIANTS
     }
 
     fn wgpu_variants(&self) -> &'static [&'static str] {

@@ -2,6 +2,7 @@
 
 use super::{Conv2d, Conv2dDgrad, Conv2dWgrad, Window};
 use crate::ops::Host;
+use crate::ops::act::Act;
 
 /// Calls `f(x index, w index, y index)` for every multiply-add of a convolution.
 fn each(
@@ -51,7 +52,7 @@ pub fn fprop(op: &Conv2d, x: &[&Host], y: &mut Host) {
             *v += x[x.len() - 1].data[i];
         }
         if op.relu {
-            *v = v.max(0.0);
+            *v = Act::Relu.value(*v);
         }
     }
 }
