@@ -1,0 +1,673 @@
+//! Loads, stores and atomics, with their checks and counts.
+
+use super::ast::{Space, Ty};
+use super::counters::{sectors, wavefronts};
+use super::exec::{Block, Done, Trouble, fail, first, lanes};
+use super::memory::{Alloc, LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW, WINDOW_SIZE};
+use super::program::{Access, AtomOp, Atomic, Inst, NONE, Op};
+use super::warp::R64;
+
+/// Where an address points.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Place {
+    Global,
+    Shared,
+    Local,
+    Param,
+}
+
+impl Block<'_> {
+    /// Executes an instruction that may fail.
+    pub fn other(&mut self, wi: usize, pc: u32, inst: &Inst, m: u32) -> Done {
+        match &inst.op {
+            Op::Ld(a) => self.access(wi, pc, a, m, true),
+            Op::St(a) => self.access(wi, pc, a, m, false),
+            Op::LdParam(a) => self.load_param(wi, a, m),
+            Op::Atom(a) => self.atomic(wi, pc, a, m),
+            Op::CpAsync(_)
+            | Op::CpCommit
+            | Op::CpWait(_)
+            | Op::CpWaitAll
+            | Op::LdMatrix(_)
+            | Op::StMatrix(_)
+            | Op::Mma(_) => self.tensor(wi, pc, inst, m),
+            Op::Trap => fail(first(m), "trap"),
+            Op::Fence | Op::Nop => Ok(()),
+            _ => self.group(wi, inst, m),
+        }
+    }
+
+    /// Effective addresses of all lanes.
+    pub fn addresses(&self, wi: usize, slot: u32, wide: bool, off: i64) -> R64 {
+        let w = &self.warps[wi];
+        let off = off as u64;
+        if wide {
+            let a = w.r64(slot);
+            std::array::from_fn(|l| a[l].wrapping_add(off))
+        } else {
+            let a = w.r(slot);
+            std::array::from_fn(|l| u64::from(a[l].wrapping_add(off as u32)))
+        }
+    }
+
+    fn load_param(&mut self, wi: usize, a: &Access, m: u32) -> Done {
+        let addr = self.addresses(wi, a.addr, a.addr64, a.off);
+        let n = a.ty.bytes();
+        for k in 0..a.vec as usize {
+            let at = addr[0] as usize + k * n;
+            let Some(b) = self.g.params.get(at..at + n) else {
+                return fail(first(m), format!("parameter at byte {at} is not there: {} were passed", self.g.params.len()));
+            };
+            let mut buf = [0; 8];
+            buf[..n].copy_from_slice(b);
+            let v = extend(u64::from_le_bytes(buf), a);
+            let w = &mut self.warps[wi];
+            if a.wide {
+                w.put64(a.regs[k], m, &[v; 32]);
+            } else {
+                w.put(a.regs[k], m, &[v as u32; 32]);
+            }
+        }
+        Ok(())
+    }
+
+    fn place(space: Space, addr: u64) -> (Place, u64) {
+        match space {
+            Space::Global | Space::Const => (Place::Global, addr),
+            Space::Shared => (Place::Shared, addr),
+            Space::Local => (Place::Local, addr),
+            Space::Param => (Place::Param, addr),
+            Space::Generic => {
+                for (base, p) in
+                    [(SHARED_WINDOW, Place::Shared), (LOCAL_WINDOW, Place::Local), (PARAM_WINDOW, Place::Param)]
+                {
+                    if addr.wrapping_sub(base) < WINDOW_SIZE {
+                        return (p, addr - base);
+                    }
+                }
+                (Place::Global, addr)
+            }
+        }
+    }
+
+    fn access(&mut self, wi: usize, pc: u32, a: &Access, m: u32, load: bool) -> Done {
+        let mut addr = self.addresses(wi, a.addr, a.addr64, a.off);
+        let n = a.ty.bytes() * a.vec as usize;
+        let f = first(m) as usize;
+        // Inactive lanes take the first active one's address, so that whole-warp tests need no mask.
+        if m != u32::MAX {
+            let keep = addr[f];
+            for (l, x) in addr.iter_mut().enumerate() {
+                if m >> l & 1 == 0 {
+                    *x = keep;
+                }
+            }
+        }
+        let (mut or, mut lo, mut hi) = (0, u64::MAX, 0);
+        for &x in &addr {
+            or |= x;
+            lo = lo.min(x);
+            hi = hi.max(x);
+        }
+        if or % n as u64 != 0 {
+            let l = lanes(m).find(|&l| addr[l] % n as u64 != 0).unwrap_or(f);
+            return self.misaligned(l, addr[l], n, load);
+        }
+        let (place, base) = Self::place(a.space, addr[f]);
+        let delta = addr[f] - base;
+        let same = a.space != Space::Generic || (Self::place(a.space, lo).0 == place && Self::place(a.space, hi).0 == place);
+        if !same {
+            // Lanes that point to different spaces: one after the other.
+            for l in lanes(m) {
+                let (p, b) = Self::place(a.space, addr[l]);
+                let mut one = addr;
+                one.fill(b);
+                self.access_in(wi, pc, a, 1 << l, load, p, &one, (b, b))?;
+            }
+            return Ok(());
+        }
+        if delta != 0 {
+            for x in &mut addr {
+                *x -= delta;
+            }
+        }
+        self.access_in(wi, pc, a, m, load, place, &addr, (lo - delta, hi - delta))
+    }
+
+    fn misaligned<T>(&self, lane: usize, addr: u64, n: usize, load: bool) -> Done<T> {
+        Err(Box::new(Trouble {
+            lane: lane as u32,
+            what: format!("misaligned {} of {n} bytes at 0x{addr:x}", if load { "read" } else { "write" }),
+            address: Some(addr),
+        }))
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn access_in(
+        &mut self,
+        wi: usize,
+        pc: u32,
+        a: &Access,
+        m: u32,
+        load: bool,
+        place: Place,
+        addr: &R64,
+        range: (u64, u64),
+    ) -> Done {
+        let n = a.ty.bytes() as u64 * u64::from(a.vec);
+        match place {
+            Place::Global => self.global(wi, pc, a, m, load, addr, range, n),
+            Place::Shared => self.shared_access(wi, pc, a, m, load, addr, range, n as u32),
+            Place::Local => self.local_access(wi, a, m, load, addr, range, n),
+            Place::Param => {
+                if !load {
+                    return fail(first(m), "write to a kernel parameter");
+                }
+                for l in lanes(m) {
+                    for k in 0..a.vec as usize {
+                        let at = addr[l] as usize + k * a.ty.bytes();
+                        let Some(b) = self.g.params.get(at..at + a.ty.bytes()) else {
+                            return fail(l as u32, format!("parameter at byte {at} is not there"));
+                        };
+                        let mut buf = [0; 8];
+                        buf[..b.len()].copy_from_slice(b);
+                        self.set(wi, a, k, l, u64::from_le_bytes(buf));
+                    }
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Writes what a load brought for one lane into element `k`'s register.
+    #[inline]
+    fn set(&mut self, wi: usize, a: &Access, k: usize, l: usize, raw: u64) {
+        let v = extend(raw, a);
+        let w = &mut self.warps[wi];
+        if a.wide {
+            w.r64_mut(a.regs[k])[l] = v;
+        } else {
+            w.r_mut(a.regs[k])[l] = v as u32;
+        }
+    }
+
+    #[inline]
+    fn get(&self, wi: usize, a: &Access, k: usize, l: usize) -> u64 {
+        let w = &self.warps[wi];
+        if a.wide { w.r64(a.regs[k])[l] } else { u64::from(w.r(a.regs[k])[l]) }
+    }
+
+    /// The allocation that a global access falls in; everything else is a fault.
+    pub fn owner(&self, lane: usize, addr: u64, n: u64, what: &str) -> Done<&Alloc> {
+        let found = self.alloc_of(addr);
+        if let Some(a) = found
+            && !a.freed
+            && addr >= a.base
+            && a.holds(addr - a.base, n)
+        {
+            return Ok(a);
+        }
+        let text = match found {
+            Some(a) if a.freed => format!("{what} after free: {n} bytes at {} of `{}`", addr.wrapping_sub(a.base), a.label),
+            Some(a) => {
+                let past = addr.wrapping_sub(a.base + a.len) as i64;
+                match self.g.mem.next(addr) {
+                    // Closer to the start of the next one: an index below zero.
+                    Some(b) if past > 0 && b.base - addr < past as u64 => {
+                        format!("out of bounds: {what} of {n} bytes, {} before `{}` ({} bytes)", b.base - addr, b.label, b.len)
+                    }
+                    _ if past < 0 => {
+                        format!("out of bounds: {what} of {n} bytes at {} of `{}` ({} bytes)", addr - a.base, a.label, a.len)
+                    }
+                    _ => format!("out of bounds: {what} of {n} bytes at {past} past the end of `{}` ({} bytes)", a.label, a.len),
+                }
+            }
+            None if addr < 1 << 20 => format!("{what} of {n} bytes at 0x{addr:x}: a null pointer"),
+            None => format!("out of bounds: {what} of {n} bytes at 0x{addr:x}, which is no device memory"),
+        };
+        Err(Box::new(Trouble { lane: lane as u32, what: text, address: Some(addr) }))
+    }
+
+    /// A read of bytes that nobody wrote.
+    pub fn uninit<T>(lane: usize, a: &Alloc, off: u64, n: u64) -> Done<T> {
+        Err(Box::new(Trouble {
+            lane: lane as u32,
+            what: format!("uninitialised: nobody wrote all of the {n} bytes at {off} of `{}` ({} bytes)", a.label, a.len),
+            address: Some(a.base + off),
+        }))
+    }
+
+    /// Counts a request to global memory.
+    pub fn count_global(&mut self, pc: u32, addr: &R64, m: u32, n: u64) {
+        let s = &mut self.stats[pc as usize];
+        s.requests += 1;
+        s.bytes += n * u64::from(m.count_ones());
+        let (count, ideal) = if m == u32::MAX {
+            // Rising addresses are the rule, and need no sorting.
+            let (mut count, mut distinct, mut rising) = (1, 1, true);
+            for l in 1..32 {
+                rising &= addr[l] >= addr[l - 1];
+                count += u64::from(addr[l] >> 5 != addr[l - 1] >> 5);
+                distinct += u64::from(addr[l] != addr[l - 1]);
+            }
+            if rising { (count, (distinct * n).div_ceil(32)) } else { sectors(&mut addr.clone(), n) }
+        } else {
+            let mut list = [0; 32];
+            let mut k = 0;
+            for l in lanes(m) {
+                list[k] = addr[l];
+                k += 1;
+            }
+            sectors(&mut list[..k], n)
+        };
+        s.a += count;
+        s.b += ideal;
+    }
+
+    /// Counts a request to shared memory.
+    pub fn count_shared(&mut self, pc: u32, addr: &R64, m: u32, n: u32) {
+        let (mut a, mut ln) = ([0; 32], [0; 32]);
+        let mut k = 0;
+        for l in lanes(m) {
+            a[k] = addr[l] as u32;
+            ln[k] = l as u8;
+            k += 1;
+        }
+        let (count, ideal) = wavefronts(&a[..k], &ln[..k], n);
+        let s = &mut self.stats[pc as usize];
+        s.shared_requests += 1;
+        s.bytes += u64::from(n) * k as u64;
+        s.shared_a += count;
+        s.shared_b += ideal;
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn global(&mut self, wi: usize, pc: u32, a: &Access, m: u32, load: bool, addr: &R64, range: (u64, u64), n: u64) -> Done {
+        self.count_global(pc, addr, m, n);
+        let what = if load { "read" } else { "write" };
+        let f = first(m) as usize;
+        let checks = self.g.checks;
+        let size = a.ty.bytes();
+        // All lanes in one live allocation: one look-up for the whole warp.
+        if let Some(al) = self.alloc_of(addr[f])
+            && !al.freed
+            && range.0 >= al.base
+            && range.1 - al.base + n <= al.len
+            && (load || !al.constant)
+        {
+            let base = al.base;
+            let row = m == u32::MAX && n == 4 && (0..32).all(|l| addr[l] == addr[0] + 4 * l as u64);
+            if load {
+                if checks && !al.all_init() {
+                    for l in lanes(m) {
+                        if !al.is_init(addr[l] - base, n) {
+                            return Self::uninit(l, al, addr[l] - base, n);
+                        }
+                    }
+                }
+                let w = &mut self.warps[wi];
+                if row {
+                    al.read_row(addr[0] - base, w.r_mut(a.regs[0]));
+                } else if size == 4 && !a.wide {
+                    for k in 0..a.vec as usize {
+                        let d = w.r_mut(a.regs[k]);
+                        if m == u32::MAX {
+                            for l in 0..32 {
+                                d[l] = al.read(addr[l] - base + 4 * k as u64, 4) as u32;
+                            }
+                        } else {
+                            for l in lanes(m) {
+                                d[l] = al.read(addr[l] - base + 4 * k as u64, 4) as u32;
+                            }
+                        }
+                    }
+                } else {
+                    for k in 0..a.vec as usize {
+                        for l in lanes(m) {
+                            self.set(wi, a, k, l, al.read(addr[l] - base + (size * k) as u64, size));
+                        }
+                    }
+                }
+            } else {
+                let w = &self.warps[wi];
+                if row && !a.wide {
+                    al.write_row(addr[0] - base, w.r(a.regs[0]));
+                } else {
+                    for k in 0..a.vec as usize {
+                        for l in lanes(m) {
+                            al.write(addr[l] - base + (size * k) as u64, size, self.get(wi, a, k, l));
+                        }
+                    }
+                }
+                if !al.all_init() {
+                    for l in lanes(m) {
+                        al.set_init(addr[l] - base, n);
+                    }
+                }
+            }
+            return Ok(());
+        }
+        for l in lanes(m) {
+            let al = self.owner(l, addr[l], n, what)?;
+            let off = addr[l] - al.base;
+            if load {
+                if checks && !al.all_init() && !al.is_init(off, n) {
+                    return Self::uninit(l, al, off, n);
+                }
+                let mut raw = [0; 4];
+                for k in 0..a.vec as usize {
+                    raw[k] = al.read(off + (size * k) as u64, size);
+                }
+                for k in 0..a.vec as usize {
+                    self.set(wi, a, k, l, raw[k]);
+                }
+            } else {
+                if al.constant {
+                    return fail(l as u32, format!("write to constant memory `{}`", al.label));
+                }
+                for k in 0..a.vec as usize {
+                    al.write(off + (size * k) as u64, size, self.get(wi, a, k, l));
+                }
+                al.set_init(off, n);
+            }
+        }
+        Ok(())
+    }
+
+    /// Fails where an access leaves shared memory.
+    pub fn shared_bounds(&self, m: u32, addr: &R64, n: u32, what: &str) -> Done {
+        let len = u64::from(self.shared.len);
+        for l in lanes(m) {
+            if addr[l].checked_add(u64::from(n)).is_none_or(|e| e > len) {
+                return Err(Box::new(Trouble {
+                    lane: l as u32,
+                    what: format!("out of bounds: {what} of {n} bytes at {} of shared memory ({len} bytes)", addr[l] as i64),
+                    address: Some(addr[l]),
+                }));
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks a read of shared memory by one lane (or [`NONE`], the warp, on behalf of `l`).
+    pub fn check_shared_read(&mut self, wi: usize, pc: u32, l: usize, as_lane: u32, at: u32, n: u32) -> Done {
+        if self.shared.in_flight(at, n) {
+            return self.in_flight(l, at, n, "read");
+        }
+        if !self.shared.is_init(at, n) {
+            return Err(Box::new(Trouble {
+                lane: l as u32,
+                what: format!("uninitialised: nobody wrote all of the {n} bytes at {at} of shared memory"),
+                address: Some(u64::from(at)),
+            }));
+        }
+        let who = self.who(wi, pc);
+        let mut b = at;
+        while b < at + n {
+            let k = (4 - b % 4).min(at + n - b);
+            if let Some(r) = self.shared.note_read(b / 4, ((1 << k) - 1) << (b % 4), as_lane, &who) {
+                return Err(self.race(&r, wi, l as u32, false, b));
+            }
+            b += k;
+        }
+        Ok(())
+    }
+
+    fn in_flight<T>(&self, l: usize, at: u32, n: u32, what: &str) -> Done<T> {
+        Err(Box::new(Trouble {
+            lane: l as u32,
+            what: format!(
+                "{what} of {n} bytes at {at} of shared memory while a cp.async to them is in flight (no wait_group before)"
+            ),
+            address: Some(u64::from(at)),
+        }))
+    }
+
+    /// Checks a write to shared memory by one lane, or an asynchronous one at its issue.
+    pub fn check_shared_write(&mut self, wi: usize, pc: u32, l: usize, at: u32, n: u32, atomic: bool) -> Done {
+        if self.shared.in_flight(at, n) {
+            return self.in_flight(l, at, n, "write");
+        }
+        let who = self.who(wi, pc);
+        let mut b = at;
+        while b < at + n {
+            let k = (4 - b % 4).min(at + n - b);
+            if let Some(r) = self.shared.note_write(b / 4, ((1 << k) - 1) << (b % 4), l as u32, &who, atomic) {
+                return Err(self.race(&r, wi, l as u32, true, b));
+            }
+            b += k;
+        }
+        Ok(())
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn shared_access(&mut self, wi: usize, pc: u32, a: &Access, m: u32, load: bool, addr: &R64, range: (u64, u64), n: u32) -> Done {
+        if range.1.checked_add(u64::from(n)).is_none_or(|e| e > u64::from(self.shared.len)) {
+            self.shared_bounds(m, addr, n, if load { "read" } else { "write" })?;
+        }
+        self.count_shared(pc, addr, m, n);
+        let size = a.ty.bytes() as u32;
+        let checks = self.g.checks;
+        if checks && load {
+            if range.0 == range.1 {
+                // One address for all: one note.
+                let as_lane = if m.is_power_of_two() { first(m) } else { NONE };
+                self.check_shared_read(wi, pc, first(m) as usize, as_lane, range.0 as u32, n)?;
+            } else {
+                for l in lanes(m) {
+                    self.check_shared_read(wi, pc, l, l as u32, addr[l] as u32, n)?;
+                }
+            }
+        }
+        if load {
+            for k in 0..u32::from(a.vec) {
+                if size == 8 {
+                    for l in lanes(m) {
+                        let at = addr[l] as u32 + 8 * k;
+                        let v = u64::from(self.shared.read(at, 4)) | u64::from(self.shared.read(at + 4, 4)) << 32;
+                        self.set(wi, a, k as usize, l, v);
+                    }
+                } else {
+                    for l in lanes(m) {
+                        let v = self.shared.read(addr[l] as u32 + size * k, size);
+                        self.set(wi, a, k as usize, l, u64::from(v));
+                    }
+                }
+            }
+            return Ok(());
+        }
+        for l in lanes(m) {
+            let at = addr[l] as u32;
+            if checks {
+                // Lanes that write the same value to one place in one instruction are no race.
+                let twin = lanes(m & ((1 << l) - 1)).any(|o| addr[o] == addr[l])
+                    && lanes(m & ((1 << l) - 1)).filter(|&o| addr[o] == addr[l]).all(|o| {
+                        (0..a.vec as usize).all(|k| {
+                            let keep = if size == 8 { u64::MAX } else { (1 << (8 * size)) - 1 };
+                            self.get(wi, a, k, o) & keep == self.get(wi, a, k, l) & keep
+                        })
+                    });
+                if twin {
+                    continue;
+                }
+                self.check_shared_write(wi, pc, l, at, n, false)?;
+                self.shared.set_init(at, n);
+            }
+            for k in 0..u32::from(a.vec) {
+                let v = self.get(wi, a, k as usize, l);
+                if size == 8 {
+                    self.shared.write(at + 8 * k, 4, v as u32);
+                    self.shared.write(at + 8 * k + 4, 4, (v >> 32) as u32);
+                } else {
+                    self.shared.write(at + size * k, size, v as u32);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn local_access(&mut self, wi: usize, a: &Access, m: u32, load: bool, addr: &R64, range: (u64, u64), n: u64) -> Done {
+        let len = self.local_words as u64 * 4;
+        if range.1.checked_add(n).is_none_or(|e| e > len) {
+            let l = lanes(m).find(|&l| addr[l].saturating_add(n) > len).unwrap_or(0);
+            return fail(l as u32, format!("out of bounds: {n} bytes at {} of local memory ({len} bytes)", addr[l] as i64));
+        }
+        let size = a.ty.bytes();
+        for k in 0..a.vec as usize {
+            for l in lanes(m) {
+                let at = (wi * 32 + l) * self.local_words * 4 + addr[l] as usize + size * k;
+                let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut self.local);
+                if load {
+                    let mut buf = [0; 8];
+                    buf[..size].copy_from_slice(&bytes[at..at + size]);
+                    self.set(wi, a, k, l, u64::from_le_bytes(buf));
+                } else {
+                    let v = self.get(wi, a, k, l).to_le_bytes();
+                    let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut self.local);
+                    bytes[at..at + size].copy_from_slice(&v[..size]);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn atomic(&mut self, wi: usize, pc: u32, a: &Atomic, m: u32) -> Done {
+        let addr = self.addresses(wi, a.mem.addr, a.mem.addr64, a.mem.off);
+        let n = a.mem.ty.bytes();
+        // The order of lanes is that of the seed: a rotation, so that every lane may be the first.
+        let turn = (self.g.seed % 32) as u32;
+        let order = lanes(m.rotate_right(turn)).map(|l| (l + turn as usize) % 32);
+        let (mut global, mut shared) = (0, 0);
+        let mut at: R64 = [0; 32];
+        for l in order {
+            if addr[l] % n as u64 != 0 {
+                return self.misaligned(l, addr[l], n, false);
+            }
+            let w = &self.warps[wi];
+            let operand = |s: u32| match (s, n) {
+                (NONE, _) => 0,
+                (s, 8) => w.r64(s)[l],
+                (s, _) => u64::from(w.r(s)[l]),
+            };
+            let (b, c) = (operand(a.b), operand(a.c));
+            let (place, x) = Self::place(a.mem.space, addr[l]);
+            at[l] = x;
+            let old = match place {
+                Place::Global => {
+                    global |= 1 << l;
+                    let al = self.owner(l, x, n as u64, "atomic")?;
+                    let off = x - al.base;
+                    if al.constant {
+                        return fail(l as u32, format!("atomic on constant memory `{}`", al.label));
+                    }
+                    if self.g.checks && !al.all_init() && !al.is_init(off, n as u64) {
+                        return Self::uninit(l, al, off, n as u64);
+                    }
+                    al.update(off, n, |o| apply(a.op, a.mem.ty, o, b, c))
+                }
+                Place::Shared => {
+                    shared |= 1 << l;
+                    self.shared_bounds(1 << l, &at, n as u32, "atomic")?;
+                    let s = x as u32;
+                    if self.g.checks {
+                        if !self.shared.is_init(s, n as u32) {
+                            return fail(l as u32, format!("uninitialised: atomic on {n} bytes at {s} of shared memory"));
+                        }
+                        self.check_shared_write(wi, pc, l, s, n as u32, true)?;
+                    }
+                    let mut old = u64::from(self.shared.read(s, n.min(4) as u32));
+                    if n == 8 {
+                        old |= u64::from(self.shared.read(s + 4, 4)) << 32;
+                    }
+                    let new = apply(a.op, a.mem.ty, old, b, c);
+                    self.shared.write(s, n.min(4) as u32, new as u32);
+                    if n == 8 {
+                        self.shared.write(s + 4, 4, (new >> 32) as u32);
+                    }
+                    old
+                }
+                _ => return fail(l as u32, "atomic on local memory or parameters"),
+            };
+            if a.d != NONE {
+                let w = &mut self.warps[wi];
+                if n == 8 {
+                    w.r64_mut(a.d)[l] = old;
+                } else {
+                    w.r_mut(a.d)[l] = old as u32;
+                }
+            }
+        }
+        if global != 0 {
+            self.count_global(pc, &at, global, n as u64);
+        }
+        if shared != 0 {
+            self.count_shared(pc, &at, shared, n as u32);
+        }
+        Ok(())
+    }
+}
+
+/// What a load puts into the register: extended by the type's sign to the register's width.
+#[inline(always)]
+fn extend(raw: u64, a: &Access) -> u64 {
+    let v = match a.ty {
+        Ty::S8 => raw as u8 as i8 as i64 as u64,
+        Ty::S16 => raw as u16 as i16 as i64 as u64,
+        Ty::S32 => raw as u32 as i32 as i64 as u64,
+        _ => raw,
+    };
+    if a.half { v & 0xffff } else { v }
+}
+
+/// The new value of an atomic's memory.
+fn apply(op: AtomOp, ty: Ty, old: u64, b: u64, c: u64) -> u64 {
+    let (s, t) = (old as u32 as i32, b as u32 as i32);
+    match (op, ty) {
+        (AtomOp::Add, Ty::F32) => u64::from((f32::from_bits(old as u32) + f32::from_bits(b as u32)).to_bits()),
+        (AtomOp::Add, Ty::F64) => (f64::from_bits(old) + f64::from_bits(b)).to_bits(),
+        (AtomOp::Add, Ty::F16 | Ty::Bf16 | Ty::F16x2 | Ty::Bf16x2) => {
+            let bf = matches!(ty, Ty::Bf16 | Ty::Bf16x2);
+            let one = |sh: u32| {
+                let f = |x: u64| {
+                    let h = (x >> sh) as u32 & 0xffff;
+                    f64::from(if bf { super::float::from_bf16(h) } else { super::float::from_f16(h) })
+                };
+                u64::from(super::float::f64_to_half(f(old) + f(b), bf)) << sh
+            };
+            one(0) | if ty.bytes() == 4 { one(16) } else { 0 }
+        }
+        (AtomOp::Add, _) => old.wrapping_add(b),
+        (AtomOp::Min, Ty::S32) => s.min(t) as u32 as u64,
+        (AtomOp::Max, Ty::S32) => s.max(t) as u32 as u64,
+        (AtomOp::Min, Ty::S64) => (old as i64).min(b as i64) as u64,
+        (AtomOp::Max, Ty::S64) => (old as i64).max(b as i64) as u64,
+        (AtomOp::Min, _) => old.min(b),
+        (AtomOp::Max, _) => old.max(b),
+        (AtomOp::And, _) => old & b,
+        (AtomOp::Or, _) => old | b,
+        (AtomOp::Xor, _) => old ^ b,
+        (AtomOp::Exch, _) => b,
+        (AtomOp::Cas, _) => {
+            if old == b {
+                c
+            } else {
+                old
+            }
+        }
+        (AtomOp::Inc, _) => {
+            if old >= b {
+                0
+            } else {
+                old + 1
+            }
+        }
+        (AtomOp::Dec, _) => {
+            if old == 0 || old > b {
+                b
+            } else {
+                old - 1
+            }
+        }
+    }
+}
