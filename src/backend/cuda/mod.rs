@@ -9,6 +9,7 @@ pub mod launch;
 pub mod nvrtc;
 pub mod real;
 pub mod shape;
+pub mod sim;
 pub mod sources;
 
 pub use compile::Compiler;

@@ -53,7 +53,9 @@ fn map3w(w: &mut Warp, i: &Inst, m: u32, f: impl Fn(u64, u64, u64) -> u64) {
 #[inline(always)]
 fn f1(w: &mut Warp, i: &Inst, m: u32, f: impl Fn(f32) -> f32) {
     let (ftz, sat) = (i.ftz, i.sat);
-    map1(w, i, m, |a| fl::saturate(fl::flush(f(fl::flush(f32::from_bits(a), ftz)), ftz), sat).to_bits());
+    map1(w, i, m, |a| {
+        fl::saturate(fl::flush(f(fl::flush(f32::from_bits(a), ftz)), ftz), sat).to_bits()
+    });
 }
 
 #[inline(always)]
@@ -61,11 +63,16 @@ fn f2(w: &mut Warp, i: &Inst, m: u32, f: impl Fn(f32, f32) -> f32) {
     let (ftz, sat) = (i.ftz, i.sat);
     if ftz || sat {
         map2(w, i, m, |a, b| {
-            let r = f(fl::flush(f32::from_bits(a), ftz), fl::flush(f32::from_bits(b), ftz));
+            let r = f(
+                fl::flush(f32::from_bits(a), ftz),
+                fl::flush(f32::from_bits(b), ftz),
+            );
             fl::saturate(fl::flush(r, ftz), sat).to_bits()
         });
     } else {
-        map2(w, i, m, |a, b| f(f32::from_bits(a), f32::from_bits(b)).to_bits());
+        map2(w, i, m, |a, b| {
+            f(f32::from_bits(a), f32::from_bits(b)).to_bits()
+        });
     }
 }
 
@@ -78,20 +85,30 @@ fn f3(w: &mut Warp, i: &Inst, m: u32, f: impl Fn(f32, f32, f32) -> f32) {
             fl::saturate(fl::flush(f(x(a), x(b), x(c)), ftz), sat).to_bits()
         });
     } else {
-        map3(w, i, m, |a, b, c| f(f32::from_bits(a), f32::from_bits(b), f32::from_bits(c)).to_bits());
+        map3(w, i, m, |a, b, c| {
+            f(f32::from_bits(a), f32::from_bits(b), f32::from_bits(c)).to_bits()
+        });
     }
 }
 
 #[inline(always)]
 fn d2(w: &mut Warp, i: &Inst, m: u32, f: impl Fn(f64, f64) -> f64) {
-    map2w(w, i, m, |a, b| f(f64::from_bits(a), f64::from_bits(b)).to_bits());
+    map2w(w, i, m, |a, b| {
+        f(f64::from_bits(a), f64::from_bits(b)).to_bits()
+    });
 }
 
 /// Applies `f` to each half of packed operands (or to the one of a scalar), in double precision, with one rounding.
 fn halves(w: &mut Warp, i: &Inst, m: u32, n: usize, f: impl Fn(f64, f64, f64) -> f64) {
     let bf = matches!(i.ty, Ty::Bf16 | Ty::Bf16x2);
     let packed = matches!(i.ty, Ty::Bf16x2 | Ty::F16x2);
-    let from = |b: u32| f64::from(if bf { fl::from_bf16(b) } else { fl::from_f16(b) });
+    let from = |b: u32| {
+        f64::from(if bf {
+            fl::from_bf16(b)
+        } else {
+            fl::from_f16(b)
+        })
+    };
     let (a, b, c) = (w.r(i.a), w.r(i.b), w.r(i.c));
     let mut t: R32 = [0; 32];
     for l in 0..32 {
@@ -108,7 +125,11 @@ fn halves(w: &mut Warp, i: &Inst, m: u32, n: usize, f: impl Fn(f64, f64, f64) ->
             }
             fl::f64_to_half(r, bf)
         };
-        t[l] = if packed { one(0) | one(16) << 16 } else { one(0) };
+        t[l] = if packed {
+            one(0) | one(16) << 16
+        } else {
+            one(0)
+        };
     }
     w.put(i.d, m, &t);
 }
@@ -122,7 +143,13 @@ fn s16(x: u32) -> i32 {
 /// An operation on integers of 16 bits, by their 32-bit values.
 #[inline(always)]
 fn int16(w: &mut Warp, i: &Inst, m: u32, f: impl Fn(i64, i64, i64) -> i64) {
-    let x = |v: u32| if i.ty.signed() { i64::from(s16(v)) } else { i64::from(v & 0xffff) };
+    let x = |v: u32| {
+        if i.ty.signed() {
+            i64::from(s16(v))
+        } else {
+            i64::from(v & 0xffff)
+        }
+    };
     map3(w, i, m, |a, b, c| f(x(a), x(b), x(c)) as u32 & 0xffff);
 }
 
@@ -137,7 +164,10 @@ impl Inst {
 /// Compiled twice on x86: with AVX2 and FMA, chosen at run time, and without.
 pub fn exec(w: &mut Warp, alu: Alu, i: &Inst, m: u32) {
     #[cfg(target_arch = "x86_64")]
-    if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
+    if is_x86_feature_detected!("avx2")
+        && is_x86_feature_detected!("fma")
+        && is_x86_feature_detected!("f16c")
+    {
         // SAFETY: the processor has what the function was compiled for.
         unsafe { exec_avx2(w, alu, i, m) };
         return;
@@ -158,8 +188,12 @@ fn exec_any(w: &mut Warp, alu: Alu, i: &Inst, m: u32) {
         (Alu::Mov, B64 | U64 | S64 | F64) => map1w(w, i, m, |a| a),
         (Alu::Mov, _) => map1(w, i, m, |a| a),
 
-        (Alu::Add, S32) if i.sat => map2(w, i, m, |a, b| (a as i32).saturating_add(b as i32) as u32),
-        (Alu::Sub, S32) if i.sat => map2(w, i, m, |a, b| (a as i32).saturating_sub(b as i32) as u32),
+        (Alu::Add, S32) if i.sat => {
+            map2(w, i, m, |a, b| (a as i32).saturating_add(b as i32) as u32)
+        }
+        (Alu::Sub, S32) if i.sat => {
+            map2(w, i, m, |a, b| (a as i32).saturating_sub(b as i32) as u32)
+        }
         (Alu::Add, U32 | S32) => map2(w, i, m, u32::wrapping_add),
         (Alu::Add, U64 | S64) => map2w(w, i, m, u64::wrapping_add),
         (Alu::Sub, U32 | S32) => map2(w, i, m, u32::wrapping_sub),
@@ -167,20 +201,32 @@ fn exec_any(w: &mut Warp, alu: Alu, i: &Inst, m: u32) {
         (Alu::MulLo, U32 | S32) => map2(w, i, m, u32::wrapping_mul),
         (Alu::MulLo, U64 | S64) => map2w(w, i, m, u64::wrapping_mul),
         (Alu::MulHi, U32) => map2(w, i, m, |a, b| ((u64::from(a) * u64::from(b)) >> 32) as u32),
-        (Alu::MulHi, S32) => map2(w, i, m, |a, b| ((i64::from(a as i32) * i64::from(b as i32)) >> 32) as u32),
-        (Alu::MulHi, U64) => map2w(w, i, m, |a, b| ((u128::from(a) * u128::from(b)) >> 64) as u64),
+        (Alu::MulHi, S32) => map2(w, i, m, |a, b| {
+            ((i64::from(a as i32) * i64::from(b as i32)) >> 32) as u32
+        }),
+        (Alu::MulHi, U64) => map2w(w, i, m, |a, b| {
+            ((u128::from(a) * u128::from(b)) >> 64) as u64
+        }),
         (Alu::MulHi, S64) => {
-            map2w(w, i, m, |a, b| ((i128::from(a as i64) * i128::from(b as i64)) >> 64) as u64);
+            map2w(w, i, m, |a, b| {
+                ((i128::from(a as i64) * i128::from(b as i64)) >> 64) as u64
+            });
         }
         (Alu::MulWide | Alu::MadWide, U32 | S32) => mul_wide(w, alu, i, m),
         (Alu::MulWide, U16) => map2(w, i, m, |a, b| (a & 0xffff) * (b & 0xffff)),
         (Alu::MulWide, S16) => map2(w, i, m, |a, b| (s16(a) * s16(b)) as u32),
-        (Alu::MadWide, U16) => map3(w, i, m, |a, b, c| ((a & 0xffff) * (b & 0xffff)).wrapping_add(c)),
-        (Alu::MadWide, S16) => map3(w, i, m, |a, b, c| ((s16(a) * s16(b)) as u32).wrapping_add(c)),
+        (Alu::MadWide, U16) => map3(w, i, m, |a, b, c| {
+            ((a & 0xffff) * (b & 0xffff)).wrapping_add(c)
+        }),
+        (Alu::MadWide, S16) => map3(w, i, m, |a, b, c| {
+            ((s16(a) * s16(b)) as u32).wrapping_add(c)
+        }),
         (Alu::MadLo, U32 | S32) => map3(w, i, m, |a, b, c| a.wrapping_mul(b).wrapping_add(c)),
         (Alu::MadLo, U64 | S64) => map3w(w, i, m, |a, b, c| a.wrapping_mul(b).wrapping_add(c)),
         (Alu::MadHi, U32) => {
-            map3(w, i, m, |a, b, c| (((u64::from(a) * u64::from(b)) >> 32) as u32).wrapping_add(c));
+            map3(w, i, m, |a, b, c| {
+                (((u64::from(a) * u64::from(b)) >> 32) as u32).wrapping_add(c)
+            });
         }
         (Alu::MadHi, S32) => map3(w, i, m, |a, b, c| {
             (((i64::from(a as i32) * i64::from(b as i32)) >> 32) as u32).wrapping_add(c)
@@ -193,25 +239,57 @@ fn exec_any(w: &mut Warp, alu: Alu, i: &Inst, m: u32) {
         }),
         (Alu::Mul24, U32) => map2(w, i, m, |a, b| (a & 0xff_ffff).wrapping_mul(b & 0xff_ffff)),
         (Alu::Mul24, _) => map2(w, i, m, |a, b| s24(a).wrapping_mul(s24(b)) as u32),
-        (Alu::Mad24, U32) => map3(w, i, m, |a, b, c| (a & 0xff_ffff).wrapping_mul(b & 0xff_ffff).wrapping_add(c)),
-        (Alu::Mad24, _) => map3(w, i, m, |a, b, c| (s24(a).wrapping_mul(s24(b)) as u32).wrapping_add(c)),
+        (Alu::Mad24, U32) => map3(w, i, m, |a, b, c| {
+            (a & 0xff_ffff).wrapping_mul(b & 0xff_ffff).wrapping_add(c)
+        }),
+        (Alu::Mad24, _) => map3(w, i, m, |a, b, c| {
+            (s24(a).wrapping_mul(s24(b)) as u32).wrapping_add(c)
+        }),
         (Alu::Sad, U32) => map3(w, i, m, |a, b, c| c.wrapping_add(a.abs_diff(b))),
-        (Alu::Sad, S32) => map3(w, i, m, |a, b, c| c.wrapping_add((a as i32).abs_diff(b as i32))),
+        (Alu::Sad, S32) => map3(w, i, m, |a, b, c| {
+            c.wrapping_add((a as i32).abs_diff(b as i32))
+        }),
         (Alu::Sad, U64) => map3w(w, i, m, |a, b, c| c.wrapping_add(a.abs_diff(b))),
-        (Alu::Sad, S64) => map3w(w, i, m, |a, b, c| c.wrapping_add((a as i64).abs_diff(b as i64))),
+        (Alu::Sad, S64) => map3w(w, i, m, |a, b, c| {
+            c.wrapping_add((a as i64).abs_diff(b as i64))
+        }),
         // Division by zero gives all ones, its remainder the dividend, as the hardware does (PTX leaves it open).
         (Alu::Div, U32) => map2(w, i, m, |a, b| a.checked_div(b).unwrap_or(u32::MAX)),
         (Alu::Div, S32) => {
-            map2(w, i, m, |a, b| if b == 0 { u32::MAX } else { (a as i32).wrapping_div(b as i32) as u32 });
+            map2(w, i, m, |a, b| {
+                if b == 0 {
+                    u32::MAX
+                } else {
+                    (a as i32).wrapping_div(b as i32) as u32
+                }
+            });
         }
         (Alu::Div, U64) => map2w(w, i, m, |a, b| a.checked_div(b).unwrap_or(u64::MAX)),
         (Alu::Div, S64) => {
-            map2w(w, i, m, |a, b| if b == 0 { u64::MAX } else { (a as i64).wrapping_div(b as i64) as u64 });
+            map2w(w, i, m, |a, b| {
+                if b == 0 {
+                    u64::MAX
+                } else {
+                    (a as i64).wrapping_div(b as i64) as u64
+                }
+            });
         }
         (Alu::Rem, U32) => map2(w, i, m, |a, b| a.checked_rem(b).unwrap_or(a)),
-        (Alu::Rem, S32) => map2(w, i, m, |a, b| if b == 0 { a } else { (a as i32).wrapping_rem(b as i32) as u32 }),
+        (Alu::Rem, S32) => map2(w, i, m, |a, b| {
+            if b == 0 {
+                a
+            } else {
+                (a as i32).wrapping_rem(b as i32) as u32
+            }
+        }),
         (Alu::Rem, U64) => map2w(w, i, m, |a, b| a.checked_rem(b).unwrap_or(a)),
-        (Alu::Rem, S64) => map2w(w, i, m, |a, b| if b == 0 { a } else { (a as i64).wrapping_rem(b as i64) as u64 }),
+        (Alu::Rem, S64) => map2w(w, i, m, |a, b| {
+            if b == 0 {
+                a
+            } else {
+                (a as i64).wrapping_rem(b as i64) as u64
+            }
+        }),
         (Alu::Min, U32) => map2(w, i, m, u32::min),
         (Alu::Max, U32) => map2(w, i, m, u32::max),
         (Alu::Min, S32) => map2(w, i, m, |a, b| (a as i32).min(b as i32) as u32),
@@ -242,19 +320,29 @@ fn exec_any(w: &mut Warp, alu: Alu, i: &Inst, m: u32) {
             map3(w, i, m, |a, b, c| {
                 let n = if wrap { c & 31 } else { c.min(32) };
                 let x = u64::from(b) << 32 | u64::from(a);
-                if left { ((x << n) >> 32) as u32 } else { (x >> n) as u32 }
+                if left {
+                    ((x << n) >> 32) as u32
+                } else {
+                    (x >> n) as u32
+                }
             });
         }
-        (Alu::Bfe, U32) => map3(w, i, m, |a, p, n| bfe(u64::from(a), p & 255, n & 255, 32, false) as u32),
+        (Alu::Bfe, U32) => map3(w, i, m, |a, p, n| {
+            bfe(u64::from(a), p & 255, n & 255, 32, false) as u32
+        }),
         (Alu::Bfe, U64) => bfe64(w, i, m, false),
         (Alu::Bfe, S64) => bfe64(w, i, m, true),
-        (Alu::Bfe, _) => map3(w, i, m, |a, p, n| bfe(u64::from(a), p & 255, n & 255, 32, true) as u32),
+        (Alu::Bfe, _) => map3(w, i, m, |a, p, n| {
+            bfe(u64::from(a), p & 255, n & 255, 32, true) as u32
+        }),
         (Alu::Bfi, B64) => {
             let (a, b, c) = (w.r64(i.a), w.r64(i.b), w.r(i.c));
             let t: R64 = std::array::from_fn(|l| bfi(a[l], b[l], c[l] & 255, c[l] >> 8 & 255, 64));
             w.put64(i.d, m, &t);
         }
-        (Alu::Bfi, _) => map3(w, i, m, |a, b, c| bfi(u64::from(a), u64::from(b), c & 255, c >> 8 & 255, 32) as u32),
+        (Alu::Bfi, _) => map3(w, i, m, |a, b, c| {
+            bfi(u64::from(a), u64::from(b), c & 255, c >> 8 & 255, 32) as u32
+        }),
         (Alu::Brev, B64) => map1w(w, i, m, u64::reverse_bits),
         (Alu::Brev, _) => map1(w, i, m, u32::reverse_bits),
         (Alu::Clz | Alu::Popc | Alu::Bfind, B64 | U64 | S64) => {
@@ -263,7 +351,11 @@ fn exec_any(w: &mut Warp, alu: Alu, i: &Inst, m: u32) {
                 Alu::Clz => a[l].leading_zeros(),
                 Alu::Popc => a[l].count_ones(),
                 _ => {
-                    let x = if i.ty == S64 && (a[l] as i64) < 0 { !a[l] } else { a[l] };
+                    let x = if i.ty == S64 && (a[l] as i64) < 0 {
+                        !a[l]
+                    } else {
+                        a[l]
+                    };
                     match (x, i.flag) {
                         (0, _) => u32::MAX,
                         (_, true) => x.leading_zeros(),
@@ -289,7 +381,11 @@ fn exec_any(w: &mut Warp, alu: Alu, i: &Inst, m: u32) {
             for k in 0..4 {
                 let s = c >> (4 * k) & 15;
                 let byte = (x >> (8 * (s & 7))) as u8;
-                let byte = if s & 8 != 0 { ((byte as i8) >> 7) as u8 } else { byte };
+                let byte = if s & 8 != 0 {
+                    ((byte as i8) >> 7) as u8
+                } else {
+                    byte
+                };
                 r |= u32::from(byte) << (8 * k);
             }
             r
@@ -310,10 +406,16 @@ fn exec_any(w: &mut Warp, alu: Alu, i: &Inst, m: u32) {
         (Alu::Dp4a, _) => {
             let byte = |x: u32, k: u32, t: Ty| {
                 let v = (x >> (8 * k)) as u8;
-                if t.signed() { i32::from(v as i8) } else { i32::from(v) }
+                if t.signed() {
+                    i32::from(v as i8)
+                } else {
+                    i32::from(v)
+                }
             };
             map3(w, i, m, |a, b, c| {
-                (0..4).fold(c, |s, k| s.wrapping_add((byte(a, k, i.ty) * byte(b, k, i.ty2)) as u32))
+                (0..4).fold(c, |s, k| {
+                    s.wrapping_add((byte(a, k, i.ty) * byte(b, k, i.ty2)) as u32)
+                })
             });
         }
         (Alu::Selp, t) => {
@@ -389,7 +491,9 @@ fn exec_any(w: &mut Warp, alu: Alu, i: &Inst, m: u32) {
         (Alu::Cos, F32) => f1(w, i, m, |a| f64::from(a).cos() as f32),
 
         (Alu::Fma, F64) => map3w(w, i, m, |a, b, c| {
-            f64::from_bits(a).mul_add(f64::from_bits(b), f64::from_bits(c)).to_bits()
+            f64::from_bits(a)
+                .mul_add(f64::from_bits(b), f64::from_bits(c))
+                .to_bits()
         }),
         (Alu::Add, F64) => d2(w, i, m, |a, b| a + b),
         (Alu::Sub, F64) => d2(w, i, m, |a, b| a - b),
@@ -403,14 +507,20 @@ fn exec_any(w: &mut Warp, alu: Alu, i: &Inst, m: u32) {
         (Alu::Sqrt, F64) => d2(w, i, m, |a, _| a.sqrt()),
         (Alu::Rsqrt, F64) => d2(w, i, m, |a, _| 1.0 / a.sqrt()),
 
-        (_, Ty::F16 | Ty::Bf16 | Ty::F16x2 | Ty::Bf16x2) if !matches!(alu, Alu::Cvt | Alu::CvtPack | Alu::Set(_)) => {
+        (_, Ty::F16 | Ty::Bf16 | Ty::F16x2 | Ty::Bf16x2)
+            if !matches!(alu, Alu::Cvt | Alu::CvtPack | Alu::Set(_)) =>
+        {
             half_op(w, alu, i, m);
         }
         (Alu::CvtPack, _) => cvt_pack(w, i, m),
         (Alu::Cvt, _) => super::cvt::exec(w, i, m),
         (Alu::Set(c), _) => {
             let t = compare(w, i, i.ty2, c);
-            let one = if i.ty == F32 { 1f32.to_bits() } else { u32::MAX };
+            let one = if i.ty == F32 {
+                1f32.to_bits()
+            } else {
+                u32::MAX
+            };
             let r: R32 = std::array::from_fn(|l| if t >> l & 1 == 1 { one } else { 0 });
             w.put(i.d, m, &r);
         }
@@ -498,7 +608,11 @@ fn bfi(a: u64, b: u64, pos: u32, len: u32, width: u32) -> u64 {
         return b;
     }
     let n = len.min(width - pos);
-    let keep = if n >= 64 { u64::MAX } else { ((1u64 << n) - 1) << pos };
+    let keep = if n >= 64 {
+        u64::MAX
+    } else {
+        ((1u64 << n) - 1) << pos
+    };
     (b & !keep) | ((a << pos) & keep)
 }
 
@@ -528,8 +642,12 @@ fn half_op(w: &mut Warp, alu: Alu, i: &Inst, m: u32) {
         Alu::Sub => halves(w, i, m, 2, |a, b, _| a - b),
         Alu::MulLo => halves(w, i, m, 2, |a, b, _| a * b),
         Alu::Fma => halves(w, i, m, 3, f64::mul_add),
-        Alu::Min => halves(w, i, m, 2, |a, b, _| f64::from(fl::min(a as f32, b as f32, nan))),
-        Alu::Max => halves(w, i, m, 2, |a, b, _| f64::from(fl::max(a as f32, b as f32, nan))),
+        Alu::Min => halves(w, i, m, 2, |a, b, _| {
+            f64::from(fl::min(a as f32, b as f32, nan))
+        }),
+        Alu::Max => halves(w, i, m, 2, |a, b, _| {
+            f64::from(fl::max(a as f32, b as f32, nan))
+        }),
         Alu::Abs => halves(w, i, m, 1, |a, _, _| a.abs()),
         Alu::Neg => halves(w, i, m, 1, |a, _, _| -a),
         Alu::Ex2 => halves(w, i, m, 1, |a, _, _| fl::exp2(a)),
@@ -546,9 +664,13 @@ fn cvt_pack(w: &mut Warp, i: &Inst, m: u32) {
         if relu && f < 0.0 { 0.0 } else { f }
     };
     if i.ty == Ty::Bf16x2 {
-        map2(w, i, m, |a, b| fl::to_bf16(x(a), rnd) << 16 | fl::to_bf16(x(b), rnd));
+        map2(w, i, m, |a, b| {
+            fl::to_bf16(x(a), rnd) << 16 | fl::to_bf16(x(b), rnd)
+        });
     } else {
-        map2(w, i, m, |a, b| fl::to_f16(x(a), rnd) << 16 | fl::to_f16(x(b), rnd));
+        map2(w, i, m, |a, b| {
+            fl::to_f16(x(a), rnd) << 16 | fl::to_f16(x(b), rnd)
+        });
     }
 }
 
@@ -566,7 +688,8 @@ fn pack(t: &[u8; 32]) -> u32 {
     for (k, c) in t.chunks_exact(8).enumerate() {
         let x = u64::from_le_bytes(c.try_into().expect("8 bytes"));
         // Gathers the top bits of eight bytes into one.
-        r |= (((x & 0x8080_8080_8080_8080).wrapping_mul(0x0002_0408_1020_4081) >> 56) as u32) << (8 * k);
+        r |= (((x & 0x8080_8080_8080_8080).wrapping_mul(0x0002_0408_1020_4081) >> 56) as u32)
+            << (8 * k);
     }
     r
 }
@@ -665,7 +788,10 @@ fn compare_avx2(w: &Warp, i: &Inst, ty: Ty, c: Cmp) -> u32 {
 /// The lanes in which a comparison of `a` and `b` holds.
 pub fn compare(w: &Warp, i: &Inst, ty: Ty, c: Cmp) -> u32 {
     #[cfg(target_arch = "x86_64")]
-    if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
+    if is_x86_feature_detected!("avx2")
+        && is_x86_feature_detected!("fma")
+        && is_x86_feature_detected!("f16c")
+    {
         // SAFETY: the processor has what the function was compiled for.
         return unsafe { compare_avx2(w, i, ty, c) };
     }

@@ -82,7 +82,10 @@ impl Ty {
 
     /// Whether it holds floating-point numbers.
     pub fn float(self) -> bool {
-        matches!(self, Ty::F16 | Ty::Bf16 | Ty::F32 | Ty::Tf32 | Ty::F16x2 | Ty::Bf16x2 | Ty::F64)
+        matches!(
+            self,
+            Ty::F16 | Ty::Bf16 | Ty::F32 | Ty::Tf32 | Ty::F16x2 | Ty::Bf16x2 | Ty::F64
+        )
     }
 }
 
@@ -191,7 +194,6 @@ pub struct Func {
     pub scopes: Vec<Scope>,
     pub body: Vec<Instr>,
     pub maxntid: Option<[u32; 3]>,
-    pub line: u32,
     /// Declared without a body.
     pub prototype: bool,
 }

@@ -66,7 +66,11 @@ impl Traffic {
 
     /// Ideal over actual: 1 is perfect.
     pub fn efficiency(&self) -> f64 {
-        if self.units == 0 { 1.0 } else { self.ideal as f64 / self.units as f64 }
+        if self.units == 0 {
+            1.0
+        } else {
+            self.ideal as f64 / self.units as f64
+        }
     }
 }
 
@@ -115,7 +119,8 @@ impl Counters {
 
     /// Extra wavefronts that shared-memory bank conflicts cost.
     pub fn bank_conflicts(&self) -> u64 {
-        (self.shared_load.units - self.shared_load.ideal) + (self.shared_store.units - self.shared_store.ideal)
+        (self.shared_load.units - self.shared_load.ideal)
+            + (self.shared_store.units - self.shared_store.ideal)
     }
 
     /// Adds another launch's counts (lines by file and number).
@@ -138,7 +143,11 @@ impl Counters {
         self.branches += o.branches;
         self.divergent_branches += o.divergent_branches;
         for l in &o.lines {
-            match self.lines.iter_mut().find(|m| m.line == l.line && m.file == l.file) {
+            match self
+                .lines
+                .iter_mut()
+                .find(|m| m.line == l.line && m.file == l.file)
+            {
                 Some(m) => {
                     m.instructions += l.instructions;
                     m.global.merge(&l.global);
@@ -151,7 +160,11 @@ impl Counters {
 
     /// Sums up what was counted by instruction.
     pub fn from_stats(prog: &Program, stats: &[PcStat], blocks: u64, threads: u64) -> Counters {
-        let mut c = Counters { blocks, threads, ..Counters::default() };
+        let mut c = Counters {
+            blocks,
+            threads,
+            ..Counters::default()
+        };
         let mut lines: BTreeMap<(u32, u32), LineCounters> = BTreeMap::new();
         for (pc, s) in stats.iter().enumerate().filter(|s| s.1.warps > 0) {
             let inst = &prog.insts[pc];
@@ -170,8 +183,18 @@ impl Counters {
                     c.branches += s.warps;
                     c.divergent_branches += s.a;
                 }
-                Op::Ld(_) | Op::St(_) | Op::Atom(_) | Op::CpAsync(_) | Op::LdMatrix(_) | Op::StMatrix(_) => {
-                    global.add(s.requests, s.a, s.b, if s.requests > 0 { s.bytes } else { 0 });
+                Op::Ld(_)
+                | Op::St(_)
+                | Op::Atom(_)
+                | Op::CpAsync(_)
+                | Op::LdMatrix(_)
+                | Op::StMatrix(_) => {
+                    global.add(
+                        s.requests,
+                        s.a,
+                        s.b,
+                        if s.requests > 0 { s.bytes } else { 0 },
+                    );
                     let bytes = if s.shared_requests > 0 { s.bytes } else { 0 };
                     shared.add(s.shared_requests, s.shared_a, s.shared_b, bytes);
                     let (g, h) = match &inst.op {
@@ -189,11 +212,18 @@ impl Counters {
             }
             let loc = prog.locs[pc];
             if loc.line != 0 {
-                let l = lines.entry((loc.file, loc.line)).or_insert_with(|| LineCounters {
-                    file: prog.files.iter().find(|f| f.0 == loc.file).map(|f| f.1.clone()).unwrap_or_default(),
-                    line: loc.line,
-                    ..LineCounters::default()
-                });
+                let l = lines
+                    .entry((loc.file, loc.line))
+                    .or_insert_with(|| LineCounters {
+                        file: prog
+                            .files
+                            .iter()
+                            .find(|f| f.0 == loc.file)
+                            .map(|f| f.1.clone())
+                            .unwrap_or_default(),
+                        line: loc.line,
+                        ..LineCounters::default()
+                    });
                 l.instructions += s.warps;
                 l.global.merge(&global);
                 l.shared.merge(&shared);

@@ -61,13 +61,21 @@ enum Value {
 #[inline(never)]
 fn general(w: &mut Warp, i: &Inst, m: u32) {
     for l in (0..32).filter(|l| m >> l & 1 == 1) {
-        let bits = if i.ty2.bytes() == 8 { w.r64(i.a)[l] } else { u64::from(w.r(i.a)[l]) };
+        let bits = if i.ty2.bytes() == 8 {
+            w.r64(i.a)[l]
+        } else {
+            u64::from(w.r(i.a)[l])
+        };
         let out = convert(bits, i);
         if i.ty.bytes() == 8 {
             w.r64_mut(i.d)[l] = out;
         } else {
             // `b` tells that the destination register has 16 bits.
-            w.r_mut(i.d)[l] = if i.b == 1 { out as u32 & 0xffff } else { out as u32 };
+            w.r_mut(i.d)[l] = if i.b == 1 {
+                out as u32 & 0xffff
+            } else {
+                out as u32
+            };
         }
     }
 }
@@ -86,14 +94,20 @@ fn round(x: f64, rnd: Rnd) -> f64 {
 fn convert(bits: u64, i: &Inst) -> u64 {
     let from = i.ty2;
     let v = match from {
-        Ty::F32 | Ty::Tf32 => Value::Float(f64::from(fl::flush(f32::from_bits(bits as u32), i.ftz))),
+        Ty::F32 | Ty::Tf32 => {
+            Value::Float(f64::from(fl::flush(f32::from_bits(bits as u32), i.ftz)))
+        }
         Ty::F64 => Value::Float(f64::from_bits(bits)),
         Ty::F16 => Value::Float(f64::from(fl::from_f16(bits as u32 & 0xffff))),
         Ty::Bf16 => Value::Float(f64::from(fl::from_bf16(bits as u32 & 0xffff))),
         t => {
             let n = t.bytes() * 8;
             let raw = bits & (u64::MAX >> (64 - n));
-            Value::Int(if t.signed() { i128::from((raw << (64 - n)) as i64 >> (64 - n)) } else { i128::from(raw) })
+            Value::Int(if t.signed() {
+                i128::from((raw << (64 - n)) as i64 >> (64 - n))
+            } else {
+                i128::from(raw)
+            })
         }
     };
     if i.ty.float() {
@@ -116,7 +130,11 @@ fn convert(bits: u64, i: &Inst) -> u64 {
             }
             Ty::Bf16 | Ty::F16 if i.rnd == Rnd::Zero => {
                 let f = fl::round_to_f32(x, 0.0, Rnd::Zero);
-                u64::from(if i.ty == Ty::Bf16 { fl::to_bf16(f, i.rnd) } else { fl::to_f16(f, i.rnd) })
+                u64::from(if i.ty == Ty::Bf16 {
+                    fl::to_bf16(f, i.rnd)
+                } else {
+                    fl::to_f16(f, i.rnd)
+                })
             }
             t => u64::from(fl::f64_to_half(x, t == Ty::Bf16)),
         };
@@ -150,7 +168,11 @@ fn int_to_float(n: i128, i: &Inst) -> u64 {
 
 fn clamp(n: i128, t: Ty) -> u64 {
     let bits = t.bytes() * 8;
-    let (lo, hi) = if t.signed() { (-(1i128 << (bits - 1)), (1i128 << (bits - 1)) - 1) } else { (0, (1i128 << bits) - 1) };
+    let (lo, hi) = if t.signed() {
+        (-(1i128 << (bits - 1)), (1i128 << (bits - 1)) - 1)
+    } else {
+        (0, (1i128 << bits) - 1)
+    };
     wrap(n.clamp(lo, hi), t)
 }
 
@@ -158,5 +180,9 @@ fn clamp(n: i128, t: Ty) -> u64 {
 fn wrap(n: i128, t: Ty) -> u64 {
     let bits = t.bytes() * 8;
     let raw = n as u64 & (u64::MAX >> (64 - bits));
-    if t.signed() { ((raw << (64 - bits)) as i64 >> (64 - bits)) as u64 } else { raw }
+    if t.signed() {
+        ((raw << (64 - bits)) as i64 >> (64 - bits)) as u64
+    } else {
+        raw
+    }
 }

@@ -3,21 +3,14 @@
 
 use super::ast::{Arg, Decl, Func, Instr, Lit, Ptx, Space, Ty};
 use super::flow;
-use super::program::{Alu, Call, Function, Inst, MaskKind, NONE, Op, Param, Program, Rnd, Slot, Special};
+use super::program::{Alu, Function, Inst, MaskKind, NONE, Op, Param, Program, Rnd, Slot, Special};
 use crate::error::{Error, Result};
 use std::collections::HashMap;
 
-/// A module-level variable's place.
-#[derive(Clone, Copy, Debug)]
-pub struct Symbol {
-    pub space: Space,
-    /// Address in its space (shared: offset; global and const: the device address).
-    pub addr: u64,
-}
-
 /// Module-level names.
 pub struct Names<'a> {
-    pub symbols: HashMap<&'a str, Symbol>,
+    /// Addresses in their own spaces (shared: offset; global and const: device address).
+    pub symbols: HashMap<&'a str, u64>,
     pub funcs: HashMap<&'a str, u32>,
     /// Bytes of the shared memory that is declared at module level.
     pub shared: u32,
@@ -51,14 +44,21 @@ fn layout(f: &Func, vars: &[usize]) -> Vec<Param> {
 /// # Errors
 /// The first instruction that is not known, with its line.
 pub fn decode(ptx: &Ptx, names: &Names) -> Result<Program> {
-    let mut prog = Program { files: ptx.files.clone(), ..Program::default() };
+    let mut prog = Program {
+        files: ptx.files.clone(),
+        ..Program::default()
+    };
     // Slots of parameters and results are needed by callers before a callee is decoded: every function lays its
     // own out first, from slot 0 on.
     let funcs: Vec<&Func> = ptx.funcs.iter().filter(|f| !f.prototype).collect();
     let mut local = 0;
     let mut meta: Vec<FuncMeta> = Vec::new();
     for f in &funcs {
-        let mut m = FuncMeta { slots: 0, vars: vec![NONE; f.vars.len()], local: vec![0; f.vars.len()] };
+        let mut m = FuncMeta {
+            slots: 0,
+            vars: vec![NONE; f.vars.len()],
+            local: vec![0; f.vars.len()],
+        };
         if !f.entry {
             for &v in f.params.iter().chain(&f.rets) {
                 m.vars[v] = m.slots;
@@ -92,7 +92,10 @@ pub fn decode(ptx: &Ptx, names: &Names) -> Result<Program> {
             ordered |= prog.funcs[j].ordered;
             todo.extend(shared[j].1.iter().map(|&c| c as usize));
             if j != i && shared[j].1.contains(&(j as u32)) || shared[i].1.contains(&(i as u32)) {
-                return Err(Error::input(format!("PTX function `{}` calls itself: not supported", funcs[j].name)));
+                return Err(Error::input(format!(
+                    "PTX function `{}` calls itself: not supported",
+                    funcs[j].name
+                )));
             }
         }
         prog.funcs[i].shared = size;
@@ -106,7 +109,7 @@ pub fn decode(ptx: &Ptx, names: &Names) -> Result<Program> {
 pub struct FuncMeta {
     slots: u32,
     /// First slot of parameters and results.
-    vars: Vec<Slot>,
+    pub vars: Vec<Slot>,
     /// Offset in local memory.
     local: Vec<u64>,
 }
@@ -121,10 +124,10 @@ pub struct Reg {
 /// Decodes one function.
 pub struct FnDecoder<'a> {
     pub f: &'a Func,
-    funcs: &'a [&'a Func],
-    meta: &'a [FuncMeta],
-    names: &'a Names<'a>,
-    prog: &'a mut Program,
+    pub funcs: &'a [&'a Func],
+    pub meta: &'a [FuncMeta],
+    pub names: &'a Names<'a>,
+    pub prog: &'a mut Program,
     slots: u32,
     preds: u32,
     regs: HashMap<(usize, String), Reg>,
@@ -140,7 +143,7 @@ pub struct FnDecoder<'a> {
     start: u32,
     /// First instruction of each statement.
     body_start: Vec<u32>,
-    fix: Vec<(usize, Vec<usize>)>,
+    pub fix: Vec<(usize, Vec<usize>)>,
     ordered: bool,
     /// The instruction at hand, for messages and guards.
     pub cur: &'a Instr,
@@ -224,7 +227,11 @@ impl<'a> FnDecoder<'a> {
             shared: vec![0; f.vars.len()],
             shared_used: 0,
             calls: Vec::new(),
-            params: if f.entry { layout(f, &f.params) } else { Vec::new() },
+            params: if f.entry {
+                layout(f, &f.params)
+            } else {
+                Vec::new()
+            },
             body_start: Vec::new(),
             fix: Vec::new(),
             ordered: false,
@@ -244,7 +251,9 @@ impl<'a> FnDecoder<'a> {
                     at += v.size;
                 }
                 // Parameters of calls inside a body.
-                Space::Param if self.var_slots[i] == NONE && !(f.entry && f.params.contains(&i)) => {
+                Space::Param
+                    if self.var_slots[i] == NONE && !(f.entry && f.params.contains(&i)) =>
+                {
                     self.var_slots[i] = self.new_slots(v.size.div_ceil(4) as u32);
                 }
                 _ => {}
@@ -307,7 +316,10 @@ impl<'a> FnDecoder<'a> {
     pub fn done(&self, m: &Mods) -> Result<()> {
         match m.rest.first() {
             None => Ok(()),
-            Some(r) => self.err(format!("the simulator does not know modifier '.{r}' of `{}`", self.cur.op[0])),
+            Some(r) => self.err(format!(
+                "the simulator does not know modifier '.{r}' of `{}`",
+                self.cur.op[0]
+            )),
         }
     }
 
@@ -401,7 +413,10 @@ impl<'a> FnDecoder<'a> {
                 let ty = match d {
                     Decl::Reg(t) if n == name => *t,
                     Decl::RegRange(t, count)
-                        if name.strip_prefix(n.as_str()).and_then(|x| x.parse::<u32>().ok()).is_some_and(|i| i < *count) =>
+                        if name
+                            .strip_prefix(n.as_str())
+                            .and_then(|x| x.parse::<u32>().ok())
+                            .is_some_and(|i| i < *count) =>
                     {
                         *t
                     }
@@ -439,7 +454,7 @@ impl<'a> FnDecoder<'a> {
     }
 
     /// Address of a variable in its own space.
-    pub fn symbol(&self, name: &str) -> Option<Symbol> {
+    pub fn symbol(&self, name: &str) -> Option<u64> {
         if let Some(i) = self.var(name) {
             let addr = match self.f.vars[i].space {
                 Space::Shared => self.shared[i],
@@ -450,7 +465,7 @@ impl<'a> FnDecoder<'a> {
                 }
                 _ => return None,
             };
-            return Some(Symbol { space: self.f.vars[i].space, addr });
+            return Some(addr);
         }
         self.names.symbols.get(name).copied()
     }
@@ -480,7 +495,11 @@ impl<'a> FnDecoder<'a> {
                 let p = self.preds;
                 self.preds += 1;
                 let guard = std::mem::replace(&mut self.guard, (NONE, false));
-                let i = self.emit(Op::Setp { cmp: super::program::Cmp::Ne, join: None, q: NONE });
+                let i = self.emit(Op::Setp {
+                    cmp: super::program::Cmp::Ne,
+                    join: None,
+                    q: NONE,
+                });
                 (i.ty, i.d, i.a, i.b) = (Ty::U32, p, v, zero);
                 self.guard = guard;
                 Ok((p, false))
@@ -511,7 +530,10 @@ impl<'a> FnDecoder<'a> {
         if self.cur.args.len() == n {
             return Ok(());
         }
-        self.err(format!("{n} operands expected, {} found", self.cur.args.len()))
+        self.err(format!(
+            "{n} operands expected, {} found",
+            self.cur.args.len()
+        ))
     }
 
     /// A destination register of the width of `ty`; `_` gets a slot that nobody reads.
@@ -586,12 +608,12 @@ impl<'a> FnDecoder<'a> {
                     return Ok((s, false));
                 }
                 match self.symbol(n) {
-                    Some(s) => Ok((self.constant(s.addr, wide), wide)),
+                    Some(a) => Ok((self.constant(a, wide), wide)),
                     None => self.err(format!("unknown name '{n}'")),
                 }
             }
             Arg::Addr(Some(n), off) => match self.symbol(n) {
-                Some(s) => Ok((self.constant(s.addr.wrapping_add(*off as u64), wide), wide)),
+                Some(a) => Ok((self.constant(a.wrapping_add(*off as u64), wide), wide)),
                 None => self.err(format!("unknown variable '{n}'")),
             },
             Arg::Lit(l) => Ok((self.literal(*l, ty), wide)),
@@ -620,127 +642,5 @@ impl<'a> FnDecoder<'a> {
             Arg::Lit(Lit::Int(v)) => Ok(*v),
             _ => self.err("expected a constant"),
         }
-    }
-
-    fn instr(&mut self) -> Result<()> {
-        let i = self.cur;
-        let mut m = Mods { rest: i.op[1..].iter().map(String::as_str).collect() };
-        if self.decode_alu(&i.op[0], &mut m)? || self.decode_mem(&i.op[0], &mut m)? || self.decode_warp(&i.op[0], &mut m)? {
-            return self.done(&m);
-        }
-        match i.op[0].as_str() {
-            "bra" => {
-                m.take("uni");
-                let Arg::Name(l) = self.arg(0)? else { return self.err("expected a label") };
-                let to = self.label(l)?;
-                self.fix.push((self.prog.insts.len(), vec![to]));
-                self.emit(Op::Bra { target: NONE });
-            }
-            "brx" => {
-                if !m.take("idx") {
-                    return self.err("only brx.idx is known");
-                }
-                m.take("uni");
-                let a = self.src(self.arg(0)?, Ty::U32)?;
-                let Arg::Name(l) = self.arg(1)? else { return self.err("expected a list of labels") };
-                let mut scope = Some(i.scope);
-                let mut list = None;
-                while let Some(s) = scope {
-                    list = list.or(self.f.scopes[s].targets.iter().find(|t| &t.0 == l).map(|t| &t.1));
-                    scope = self.f.scopes[s].parent;
-                }
-                let Some(list) = list else { return self.err(format!("no .branchtargets '{l}'")) };
-                let to = list.iter().map(|l| self.label(l)).collect::<Result<Vec<_>>>()?;
-                self.fix.push((self.prog.insts.len(), to));
-                self.emit(Op::BrxIdx { targets: Box::new([]) }).a = a;
-            }
-            "call" => {
-                m.take("uni");
-                self.call()?;
-            }
-            "ret" => {
-                m.take("uni");
-                let op = if self.f.entry { Op::Exit } else { Op::Ret };
-                self.emit(op);
-            }
-            "exit" => {
-                self.emit(Op::Exit);
-            }
-            "trap" | "brkpt" => {
-                self.emit(Op::Trap);
-            }
-            "membar" => {
-                m.find(|x| matches!(x, "cta" | "gl" | "sys").then_some(()));
-                self.emit(Op::Fence);
-            }
-            "fence" => {
-                m.find(|x| matches!(x, "sc" | "acq_rel").then_some(()));
-                m.find(|x| matches!(x, "cta" | "gpu" | "sys").then_some(()));
-                self.emit(Op::Fence);
-            }
-            "prefetch" | "prefetchu" => {
-                m.rest.clear();
-                self.emit(Op::Nop);
-            }
-            "nanosleep" => {
-                m.take("u32");
-                self.emit(Op::Nop);
-            }
-            o => return self.err(format!("the simulator does not know instruction '{o}'")),
-        }
-        self.done(&m)
-    }
-
-    fn label(&self, name: &str) -> Result<usize> {
-        let mut scope = Some(self.cur.scope);
-        while let Some(s) = scope {
-            if let Some((_, at)) = self.f.scopes[s].labels.iter().find(|l| l.0 == name) {
-                return Ok(*at);
-            }
-            scope = self.f.scopes[s].parent;
-        }
-        self.err(format!("unknown label '{name}'"))
-    }
-
-    fn call(&mut self) -> Result<()> {
-        let i = self.cur;
-        let (mut rets, mut args, mut name) = (&[][..], &[][..], None);
-        for a in &i.args {
-            match a {
-                Arg::List(l) if name.is_none() => rets = l,
-                Arg::List(l) => args = l,
-                Arg::Name(n) if name.is_none() => name = Some(n),
-                _ => return self.err("indirect calls are not supported"),
-            }
-        }
-        let Some(name) = name else { return self.err("no function named") };
-        let Some(&id) = self.names.funcs.get(name.as_str()) else {
-            return self.err(format!("function '{name}' has no body in this module"));
-        };
-        let (callee, meta) = (self.funcs[id as usize], &self.meta[id as usize]);
-        if args.len() != callee.params.len() || rets.len() != callee.rets.len() {
-            return self.err(format!("'{name}' takes {} arguments", callee.params.len()));
-        }
-        let mut call = Call { func: id, args: Vec::new(), rets: Vec::new() };
-        for (list, vars, is_ret) in [(args, &callee.params, false), (rets, &callee.rets, true)] {
-            for (a, &v) in list.iter().zip(vars) {
-                let words = callee.vars[v].size.div_ceil(4) as u32;
-                let from = match a {
-                    Arg::Name(n) => self.param_slots(n),
-                    _ => None,
-                };
-                let Some(from) = from else { return self.err("arguments must be .param variables") };
-                for w in 0..words {
-                    if is_ret {
-                        call.rets.push((meta.vars[v] + w, from + w));
-                    } else {
-                        call.args.push((from + w, meta.vars[v] + w));
-                    }
-                }
-            }
-        }
-        self.calls.push(id);
-        self.emit(Op::Call(Box::new(call)));
-        Ok(())
     }
 }

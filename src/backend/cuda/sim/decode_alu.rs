@@ -78,7 +78,11 @@ impl FnDecoder<'_> {
                 if !m.take("lo") {
                     return self.err("only the .lo form is known");
                 }
-                let (alu, n) = if op == "mul24" { (Alu::Mul24, 2) } else { (Alu::Mad24, 3) };
+                let (alu, n) = if op == "mul24" {
+                    (Alu::Mul24, 2)
+                } else {
+                    (Alu::Mad24, 3)
+                };
                 self.arith(alu, m, n, |t| matches!(t, Ty::U32 | Ty::S32))?;
             }
             "fma" => self.arith(Alu::Fma, m, 3, is_float)?,
@@ -86,7 +90,9 @@ impl FnDecoder<'_> {
             "div" => {
                 // `.approx` and `.full` allow an error; the exact quotient is within it.
                 let _ = m.take("approx") || m.take("full");
-                self.arith(Alu::Div, m, 2, |t| is_int(t) || matches!(t, Ty::F32 | Ty::F64))?;
+                self.arith(Alu::Div, m, 2, |t| {
+                    is_int(t) || matches!(t, Ty::F32 | Ty::F64)
+                })?;
             }
             "rem" => self.arith(Alu::Rem, m, 2, is_int)?,
             "abs" | "neg" => {
@@ -111,7 +117,12 @@ impl FnDecoder<'_> {
                 let d = self.dst(self.arg(0)?, ty.bytes() == 8)?;
                 let a = self.src(self.arg(1)?, ty)?;
                 let b = self.src(self.arg(2)?, Ty::U32)?;
-                self.alu(if op == "shl" { Alu::Shl } else { Alu::Shr }, ty, d, &[a, b]);
+                self.alu(
+                    if op == "shl" { Alu::Shl } else { Alu::Shr },
+                    ty,
+                    d,
+                    &[a, b],
+                );
             }
             "shf" => {
                 let alu = if m.take("l") {
@@ -210,7 +221,9 @@ impl FnDecoder<'_> {
                 };
                 self.arith(alu, m, 1, |t| match alu {
                     Alu::Rcp | Alu::Sqrt | Alu::Rsqrt => matches!(t, Ty::F32 | Ty::F64),
-                    Alu::Ex2 | Alu::Tanh => matches!(t, Ty::F32 | Ty::F16 | Ty::Bf16 | Ty::F16x2 | Ty::Bf16x2),
+                    Alu::Ex2 | Alu::Tanh => {
+                        matches!(t, Ty::F32 | Ty::F16 | Ty::Bf16 | Ty::F16x2 | Ty::Bf16x2)
+                    }
                     _ => t == Ty::F32,
                 })?;
             }
@@ -222,7 +235,10 @@ impl FnDecoder<'_> {
     }
 
     fn int_mul(&mut self, m: &mut Mods, ops: [Alu; 3]) -> Option<Alu> {
-        ["lo", "hi", "wide"].iter().position(|w| m.take(w)).map(|i| ops[i])
+        ["lo", "hi", "wide"]
+            .iter()
+            .position(|w| m.take(w))
+            .map(|i| ops[i])
     }
 
     fn arith(&mut self, alu: Alu, m: &mut Mods, n: usize, fits: impl Fn(Ty) -> bool) -> Result<()> {
@@ -230,7 +246,14 @@ impl FnDecoder<'_> {
     }
 
     /// `op.mods.type d, a, b, c` with everything of one type (a wide product's is twice as wide).
-    fn arith_flag(&mut self, alu: Alu, m: &mut Mods, n: usize, fits: impl Fn(Ty) -> bool, flag: bool) -> Result<()> {
+    fn arith_flag(
+        &mut self,
+        alu: Alu,
+        m: &mut Mods,
+        n: usize,
+        fits: impl Fn(Ty) -> bool,
+        flag: bool,
+    ) -> Result<()> {
         let ftz = m.take("ftz");
         let sat = m.take("sat");
         let nan = m.take("NaN");
@@ -240,7 +263,10 @@ impl FnDecoder<'_> {
         if !fits(ty) {
             return self.err("the simulator does not know this type here");
         }
-        if relu && !(matches!(alu, Alu::Fma) && matches!(ty, Ty::F16 | Ty::Bf16 | Ty::F16x2 | Ty::Bf16x2)) {
+        if relu
+            && !(matches!(alu, Alu::Fma)
+                && matches!(ty, Ty::F16 | Ty::Bf16 | Ty::F16x2 | Ty::Bf16x2))
+        {
             return self.err("'.relu' is known for fma of half types only");
         }
         if sat && !matches!(ty, Ty::F32 | Ty::S32 | Ty::F16 | Ty::F16x2) {
@@ -338,7 +364,12 @@ impl FnDecoder<'_> {
                 let a = self.src(s, ty)?;
                 let lo = self.dst(&v[0], false)?;
                 let hi = self.dst(&v[1], false)?;
-                let i = self.alu(if wide { Alu::Unpack64 } else { Alu::Unpack32 }, ty, lo, &[a]);
+                let i = self.alu(
+                    if wide { Alu::Unpack64 } else { Alu::Unpack32 },
+                    ty,
+                    lo,
+                    &[a],
+                );
                 i.b = hi;
             }
             (d, Arg::Vec(v)) => {
@@ -351,7 +382,12 @@ impl FnDecoder<'_> {
                 let d = self.dst(d, wide)?;
                 self.alu(if wide { Alu::Pack64 } else { Alu::Pack32 }, ty, d, &[a, b]);
             }
-            (d, Arg::Name(n)) if matches!(n.as_str(), "%clock" | "%clock64" | "%clock_hi" | "%globaltimer") => {
+            (d, Arg::Name(n))
+                if matches!(
+                    n.as_str(),
+                    "%clock" | "%clock64" | "%clock_hi" | "%globaltimer"
+                ) =>
+            {
                 let d = self.dst(d, wide)?;
                 let i = self.emit(Op::Clock);
                 (i.d, i.ty) = (d, ty);
@@ -366,7 +402,9 @@ impl FnDecoder<'_> {
     }
 
     fn setp(&mut self, is_setp: bool, m: &mut Mods) -> Result<()> {
-        let Some(c) = m.find(cmp) else { return self.err("no comparison") };
+        let Some(c) = m.find(cmp) else {
+            return self.err("no comparison");
+        };
         let join = m.find(bool_op);
         let ftz = m.take("ftz");
         if !is_setp {
@@ -391,7 +429,11 @@ impl FnDecoder<'_> {
         };
         let a = self.src(self.arg(1)?, ty)?;
         let b = self.src(self.arg(2)?, ty)?;
-        let (jp, neg) = if join.is_some() { self.pred(self.arg(3)?)? } else { (NONE, false) };
+        let (jp, neg) = if join.is_some() {
+            self.pred(self.arg(3)?)?
+        } else {
+            (NONE, false)
+        };
         let i = self.emit(Op::Setp { cmp: c, join, q });
         (i.ty, i.ftz, i.d, i.a, i.b, i.c, i.flag) = (ty, ftz, p, a, b, jp, neg);
         Ok(())
@@ -430,15 +472,24 @@ impl FnDecoder<'_> {
             (i.rnd, i.flag, i.ty2) = (rnd, relu, sty);
             return Ok(());
         }
-        let scalar = |t: Ty| !matches!(t, Ty::B8 | Ty::B16 | Ty::B32 | Ty::B64 | Ty::Pred | Ty::F16x2 | Ty::Bf16x2);
+        let scalar = |t: Ty| {
+            !matches!(
+                t,
+                Ty::B8 | Ty::B16 | Ty::B32 | Ty::B64 | Ty::Pred | Ty::F16x2 | Ty::Bf16x2
+            )
+        };
         if !scalar(dty) || !scalar(sty) || (rnd == Rnd::Away && dty != Ty::Tf32) {
             return self.err("the simulator does not know this conversion");
         }
         self.count(2)?;
         // Registers may be wider than the types: the conversion takes the low bits and fills the rest.
         let (a, src_wide) = self.src_any(self.arg(1)?, sty, true)?;
-        let Arg::Name(n) = self.arg(0)? else { return self.err("expected a register") };
-        let Some(r) = self.reg(n) else { return self.err(format!("unknown register '{n}'")) };
+        let Arg::Name(n) = self.arg(0)? else {
+            return self.err("expected a register");
+        };
+        let Some(r) = self.reg(n) else {
+            return self.err(format!("unknown register '{n}'"));
+        };
         let dst_wide = r.ty.bytes() == 8;
         if r.ty == Ty::Pred || (dty.bytes() == 8 && !dst_wide) {
             return self.err(format!("register '{n}' has the wrong width"));
@@ -455,7 +506,12 @@ impl FnDecoder<'_> {
             let t = self.temp(false);
             let i = self.alu(Alu::Cvt, dty, t, &[a]);
             (i.ty2, i.rnd, i.int_rnd, i.ftz, i.sat, i.flag) = (sty, rnd, int_rnd, ftz, sat, relu);
-            let i = self.alu(Alu::Cvt, if dty.signed() { Ty::S64 } else { Ty::U64 }, r.slot, &[t]);
+            let i = self.alu(
+                Alu::Cvt,
+                if dty.signed() { Ty::S64 } else { Ty::U64 },
+                r.slot,
+                &[t],
+            );
             i.ty2 = if dty.signed() { Ty::S32 } else { Ty::U32 };
             return Ok(());
         }

@@ -22,10 +22,35 @@ fn space(m: &str) -> Option<Space> {
 fn hint(m: &str) -> Option<()> {
     matches!(
         m,
-        "ca" | "cg" | "cs" | "lu" | "cv" | "wb" | "wt" | "nc" | "weak" | "volatile" | "relaxed" | "acquire"
-            | "release" | "acq_rel" | "cta" | "gpu" | "sys" | "cluster" | "L1::evict_normal" | "L1::evict_unchanged"
-            | "L1::evict_first" | "L1::evict_last" | "L1::no_allocate" | "L2::cache_hint" | "L2::64B" | "L2::128B"
-            | "L2::256B" | "L2::evict_first" | "L2::evict_last" | "L2::evict_normal"
+        "ca" | "cg"
+            | "cs"
+            | "lu"
+            | "cv"
+            | "wb"
+            | "wt"
+            | "nc"
+            | "weak"
+            | "volatile"
+            | "relaxed"
+            | "acquire"
+            | "release"
+            | "acq_rel"
+            | "cta"
+            | "gpu"
+            | "sys"
+            | "cluster"
+            | "L1::evict_normal"
+            | "L1::evict_unchanged"
+            | "L1::evict_first"
+            | "L1::evict_last"
+            | "L1::no_allocate"
+            | "L2::cache_hint"
+            | "L2::64B"
+            | "L2::128B"
+            | "L2::256B"
+            | "L2::evict_first"
+            | "L2::evict_last"
+            | "L2::evict_normal"
     )
     .then_some(())
 }
@@ -49,8 +74,12 @@ fn atom_op(m: &str) -> Option<AtomOp> {
 impl FnDecoder<'_> {
     /// An address operand: register, whether it has 64 bits, offset.
     fn address(&mut self, a: &Arg) -> Result<(Slot, bool, i64)> {
-        let Arg::Addr(base, off) = a else { return self.err("expected an address") };
-        let Some(name) = base else { return Ok((self.constant(0, true), true, *off)) };
+        let Arg::Addr(base, off) = a else {
+            return self.err("expected an address");
+        };
+        let Some(name) = base else {
+            return Ok((self.constant(0, true), true, *off));
+        };
         if let Some(r) = self.reg(name) {
             return match r.ty.bytes() {
                 8 => Ok((r.slot, true, *off)),
@@ -59,7 +88,7 @@ impl FnDecoder<'_> {
             };
         }
         match self.symbol(name) {
-            Some(s) => Ok((self.constant(s.addr, true), true, *off)),
+            Some(a) => Ok((self.constant(a, true), true, *off)),
             None => self.err(format!("unknown name '{name}'")),
         }
     }
@@ -114,26 +143,45 @@ impl FnDecoder<'_> {
                 let vec = Self::vec_mod(m);
                 let ty = self.need_ty(m)?;
                 let (data, addr) = if load { (0, 1) } else { (1, 0) };
-                if sp == Space::Param && self.param_access(load, ty, vec, self.arg(data)?, self.arg(addr)?)? {
+                if sp == Space::Param
+                    && self.param_access(load, ty, vec, self.arg(data)?, self.arg(addr)?)?
+                {
                     return Ok(true);
                 }
                 let (a, addr64, off) = self.address(self.arg(addr)?)?;
                 let (regs, wide, half) = self.data(self.arg(data)?, ty, vec, load)?;
-                let acc = Box::new(Access { space: sp, ty, vec, addr: a, addr64, off, regs, wide, half });
+                let acc = Box::new(Access {
+                    space: sp,
+                    ty,
+                    vec,
+                    addr: a,
+                    addr64,
+                    off,
+                    regs,
+                    wide,
+                    half,
+                });
                 self.emit(if load { Op::Ld(acc) } else { Op::St(acc) });
             }
             "atom" | "red" => {
                 let sp = m.find(space).unwrap_or(Space::Generic);
-                let Some(aop) = m.find(atom_op) else { return self.err("unknown operation") };
+                let Some(aop) = m.find(atom_op) else {
+                    return self.err("unknown operation");
+                };
                 while m.find(hint).is_some() {}
                 m.take("noftz");
                 let vec = Self::vec_mod(m);
                 let ty = self.need_ty(m)?;
                 let fits = match aop {
                     AtomOp::Add => !matches!(ty, Ty::B32 | Ty::B64 | Ty::B16),
-                    AtomOp::Min | AtomOp::Max => matches!(ty, Ty::U32 | Ty::S32 | Ty::U64 | Ty::S64),
+                    AtomOp::Min | AtomOp::Max => {
+                        matches!(ty, Ty::U32 | Ty::S32 | Ty::U64 | Ty::S64)
+                    }
                     AtomOp::And | AtomOp::Or | AtomOp::Xor | AtomOp::Exch | AtomOp::Cas => {
-                        matches!(ty, Ty::B32 | Ty::B64 | Ty::U32 | Ty::S32 | Ty::U64 | Ty::S64)
+                        matches!(
+                            ty,
+                            Ty::B32 | Ty::B64 | Ty::U32 | Ty::S32 | Ty::U64 | Ty::S64
+                        )
                     }
                     AtomOp::Inc | AtomOp::Dec => ty == Ty::U32,
                 };
@@ -143,23 +191,50 @@ impl FnDecoder<'_> {
                 let at = usize::from(op == "atom");
                 let (a, addr64, off) = self.address(self.arg(at)?)?;
                 let wide = ty.bytes() == 8;
-                let d = if op == "atom" { self.dst(self.arg(0)?, wide)? } else { NONE };
+                let d = if op == "atom" {
+                    self.dst(self.arg(0)?, wide)?
+                } else {
+                    NONE
+                };
                 let b = self.src(self.arg(at + 1)?, ty)?;
-                let c = if aop == AtomOp::Cas { self.src(self.arg(at + 2)?, ty)? } else { NONE };
+                let c = if aop == AtomOp::Cas {
+                    self.src(self.arg(at + 2)?, ty)?
+                } else {
+                    NONE
+                };
                 self.count(at + 2 + usize::from(aop == AtomOp::Cas))?;
                 // The result depends on who comes first: where one is returned, and where sums round.
                 if sp != Space::Shared && (op == "atom" || ty.float()) {
                     self.set_ordered();
                 }
-                let mem = Access { space: sp, ty, vec: 1, addr: a, addr64, off, regs: [NONE; 4], wide, half: false };
-                self.emit(Op::Atom(Box::new(Atomic { op: aop, mem, d, b, c })));
+                let mem = Access {
+                    space: sp,
+                    ty,
+                    vec: 1,
+                    addr: a,
+                    addr64,
+                    off,
+                    regs: [NONE; 4],
+                    wide,
+                    half: false,
+                };
+                self.emit(Op::Atom(Box::new(Atomic {
+                    op: aop,
+                    mem,
+                    d,
+                    b,
+                    c,
+                })));
             }
             "cp" => self.cp_async(m)?,
             "ldmatrix" | "stmatrix" => {
                 if !(m.take("sync") && m.take("aligned") && m.take("m8n8")) {
                     return self.err("only .sync.aligned.m8n8 is known");
                 }
-                let num = [("x1", 1), ("x2", 2), ("x4", 4)].iter().find(|n| m.take(n.0)).map_or(0, |n| n.1);
+                let num = [("x1", 1), ("x2", 2), ("x4", 4)]
+                    .iter()
+                    .find(|n| m.take(n.0))
+                    .map_or(0, |n| n.1);
                 let trans = m.take("trans");
                 let _ = m.take("shared") || m.take("shared::cta");
                 if num == 0 || m.ty() != Some(Ty::B16) {
@@ -169,8 +244,19 @@ impl FnDecoder<'_> {
                 let (r, a) = if load { (0, 1) } else { (1, 0) };
                 let (addr, addr64, off) = self.address(self.arg(a)?)?;
                 let (regs, _, _) = self.data(self.arg(r)?, Ty::B32, num, load)?;
-                let x = Box::new(Matrix { num, trans, addr, addr64, off, regs });
-                self.emit(if load { Op::LdMatrix(x) } else { Op::StMatrix(x) });
+                let x = Box::new(Matrix {
+                    num,
+                    trans,
+                    addr,
+                    addr64,
+                    off,
+                    regs,
+                });
+                self.emit(if load {
+                    Op::LdMatrix(x)
+                } else {
+                    Op::StMatrix(x)
+                });
             }
             "mma" => self.mma(m)?,
             _ => return Ok(false),
@@ -179,8 +265,17 @@ impl FnDecoder<'_> {
     }
 
     /// Parameters: of a kernel (read at a fixed offset), or of a call (registers). False where an address is computed.
-    fn param_access(&mut self, load: bool, ty: Ty, vec: u8, data: &Arg, addr: &Arg) -> Result<bool> {
-        let Arg::Addr(Some(name), off) = addr else { return Ok(false) };
+    fn param_access(
+        &mut self,
+        load: bool,
+        ty: Ty,
+        vec: u8,
+        data: &Arg,
+        addr: &Arg,
+    ) -> Result<bool> {
+        let Arg::Addr(Some(name), off) = addr else {
+            return Ok(false);
+        };
         if let Some(first) = self.param_slots(name) {
             let (regs, wide, _) = self.data(data, ty, vec, load)?;
             let bytes = ty.bytes() as i64;
@@ -202,19 +297,39 @@ impl FnDecoder<'_> {
             return self.err("a kernel cannot write its parameters");
         }
         let (regs, wide, half) = self.data(data, ty, vec, true)?;
-        let acc = Access { space: Space::Param, ty, vec, addr, addr64, off, regs, wide, half };
+        let acc = Access {
+            space: Space::Param,
+            ty,
+            vec,
+            addr,
+            addr64,
+            off,
+            regs,
+            wide,
+            half,
+        };
         self.emit(Op::LdParam(Box::new(acc)));
         Ok(true)
     }
 
     /// Moves one element between a register and the words of a call's parameter.
-    fn param_word(&mut self, load: bool, ty: Ty, wide: bool, r: Slot, slot: Slot, shift: u64) -> Result<()> {
+    fn param_word(
+        &mut self,
+        load: bool,
+        ty: Ty,
+        wide: bool,
+        r: Slot,
+        slot: Slot,
+        shift: u64,
+    ) -> Result<()> {
         match (ty.bytes(), load) {
             (8, true) => {
                 self.alu(Alu::Pack64, Ty::B64, r, &[slot, slot + 1]);
             }
             (8, false) => self.alu(Alu::Unpack64, Ty::B64, slot, &[r]).b = slot + 1,
-            _ if wide => return self.err("a 64-bit register for a narrower parameter is not supported"),
+            _ if wide => {
+                return self.err("a 64-bit register for a narrower parameter is not supported");
+            }
             (4, true) => {
                 self.alu(Alu::Mov, Ty::B32, r, &[slot]);
             }
@@ -222,12 +337,18 @@ impl FnDecoder<'_> {
                 self.alu(Alu::Mov, Ty::B32, slot, &[r]);
             }
             (n, true) => {
-                let (pos, len) = (self.constant(shift, false), self.constant(n as u64 * 8, false));
+                let (pos, len) = (
+                    self.constant(shift, false),
+                    self.constant(n as u64 * 8, false),
+                );
                 let t = if ty.signed() { Ty::S32 } else { Ty::U32 };
                 self.alu(Alu::Bfe, t, r, &[slot, pos, len]);
             }
             (n, false) => {
-                let (pos, len) = (self.constant(shift, false), self.constant(n as u64 * 8, false));
+                let (pos, len) = (
+                    self.constant(shift, false),
+                    self.constant(n as u64 * 8, false),
+                );
                 self.bfi(Ty::B32, slot, r, slot, pos, len);
             }
         }
@@ -280,7 +401,17 @@ impl FnDecoder<'_> {
                 a => src_size = self.src(a, Ty::U32)?,
             }
         }
-        let c = CpAsync { dst, dst64, dst_off, src, src_off, bytes: bytes as u8, src_size, ignore, ignore_neg };
+        let c = CpAsync {
+            dst,
+            dst64,
+            dst_off,
+            src,
+            src_off,
+            bytes: bytes as u8,
+            src_size,
+            ignore,
+            ignore_neg,
+        };
         self.emit(Op::CpAsync(Box::new(c)));
         Ok(())
     }
@@ -289,7 +420,8 @@ impl FnDecoder<'_> {
         if !(m.take("sync") && m.take("aligned")) {
             return self.err("only .sync.aligned is known");
         }
-        let Some(k) = m.find(|s| s.strip_prefix("m16n8k").and_then(|k| k.parse::<u8>().ok())) else {
+        let Some(k) = m.find(|s| s.strip_prefix("m16n8k").and_then(|k| k.parse::<u8>().ok()))
+        else {
             return self.err("the simulator knows the shapes m16n8k4, k8 and k16 only");
         };
         if !(m.take("row") && m.take("col")) {
@@ -315,7 +447,15 @@ impl FnDecoder<'_> {
         let (a, ..) = self.data(self.arg(1)?, Ty::B32, na, false)?;
         let (b, ..) = self.data(self.arg(2)?, Ty::B32, nb, false)?;
         let (c, ..) = self.data(self.arg(3)?, Ty::B32, nc, false)?;
-        self.emit(Op::Mma(Box::new(Mma { k, ty, half_acc, d, a, b: [b[0], b[1]], c })));
+        self.emit(Op::Mma(Box::new(Mma {
+            k,
+            ty,
+            half_acc,
+            d,
+            a,
+            b: [b[0], b[1]],
+            c,
+        })));
         Ok(())
     }
 
@@ -360,7 +500,9 @@ impl FnDecoder<'_> {
                         _ => return None,
                     })
                 });
-                let (Some(mode), Some(_)) = (mode, m.ty()) else { return self.err("no mode") };
+                let (Some(mode), Some(_)) = (mode, m.ty()) else {
+                    return self.err("no mode");
+                };
                 self.count(3)?;
                 let d = if mode == Vote::Ballot {
                     self.dst(self.arg(0)?, false)?
@@ -382,12 +524,27 @@ impl FnDecoder<'_> {
                 let (d, pred) = self.dst_pair(Ty::B32)?;
                 let a = self.src(self.arg(1)?, ty)?;
                 let mask = self.src(self.arg(2)?, Ty::B32)?;
-                let i = self.emit(if all { Op::MatchAll { pred, mask } } else { Op::MatchAny { mask } });
+                let i = self.emit(if all {
+                    Op::MatchAll { pred, mask }
+                } else {
+                    Op::MatchAny { mask }
+                });
                 (i.d, i.a, i.ty) = (d, a, ty);
             }
             "redux" => {
-                let op = if m.take("sync") { m.find(atom_op) } else { None };
-                let Some(op @ (AtomOp::Add | AtomOp::Min | AtomOp::Max | AtomOp::And | AtomOp::Or | AtomOp::Xor)) = op
+                let op = if m.take("sync") {
+                    m.find(atom_op)
+                } else {
+                    None
+                };
+                let Some(
+                    op @ (AtomOp::Add
+                    | AtomOp::Min
+                    | AtomOp::Max
+                    | AtomOp::And
+                    | AtomOp::Or
+                    | AtomOp::Xor),
+                ) = op
                 else {
                     return self.err("unknown operation");
                 };
@@ -460,9 +617,19 @@ impl FnDecoder<'_> {
                 self.pred_dst(self.arg(0)?)?
             };
             let id = self.src(self.arg(1)?, Ty::U32)?;
-            let count = if n == 4 { self.src(self.arg(2)?, Ty::U32)? } else { NONE };
+            let count = if n == 4 {
+                self.src(self.arg(2)?, Ty::U32)?
+            } else {
+                NONE
+            };
             let (p, neg) = self.pred(self.arg(n - 1)?)?;
-            let b = Barrier { id, count, arrive: false, aligned, red: Some((red, d, p, neg)) };
+            let b = Barrier {
+                id,
+                count,
+                arrive: false,
+                aligned,
+                red: Some((red, d, p, neg)),
+            };
             self.emit(Op::Bar(Box::new(b)));
             return Ok(());
         }
@@ -471,12 +638,21 @@ impl FnDecoder<'_> {
             return self.err("the simulator does not know this barrier");
         }
         let id = self.src(self.arg(0)?, Ty::U32)?;
-        let count = if n > 1 { self.src(self.arg(1)?, Ty::U32)? } else { NONE };
+        let count = if n > 1 {
+            self.src(self.arg(1)?, Ty::U32)?
+        } else {
+            NONE
+        };
         if arrive && count == NONE {
             return self.err("bar.arrive needs a count of threads");
         }
-        self.emit(Op::Bar(Box::new(Barrier { id, count, arrive, aligned, red: None })));
+        self.emit(Op::Bar(Box::new(Barrier {
+            id,
+            count,
+            arrive,
+            aligned,
+            red: None,
+        })));
         Ok(())
     }
 }
-

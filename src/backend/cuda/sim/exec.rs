@@ -4,7 +4,9 @@ use super::alu;
 use super::counters::PcStat;
 use super::memory::{Alloc, Memory};
 use super::module::Module;
-use super::program::{BarRed, Barrier, BoolOp, Cmp, Function, Inst, MaskKind, NONE, Op, PredOp, Special};
+use super::program::{
+    BarRed, Barrier, BoolOp, Cmp, Function, Inst, MaskKind, NONE, Op, PredOp, Special,
+};
 use super::shared::{Race, Shared, Who};
 use super::warp::{Path, R32, State, V, Warp};
 
@@ -24,7 +26,11 @@ pub type Done<T = ()> = Result<T, Box<Trouble>>;
 
 /// A failure of `lane`.
 pub fn fail<T>(lane: u32, what: impl Into<String>) -> Done<T> {
-    Err(Box::new(Trouble { lane, what: what.into(), address: None }))
+    Err(Box::new(Trouble {
+        lane,
+        what: what.into(),
+        address: None,
+    }))
 }
 
 /// Number of the first lane in a mask.
@@ -102,7 +108,11 @@ impl<'a> Block<'a> {
                     pred_base: 0,
                     frames: Vec::new(),
                     stack: Vec::new(),
-                    lanes: if threads - id * 32 >= 32 { u32::MAX } else { (1 << (threads - id * 32)) - 1 },
+                    lanes: if threads - id * 32 >= 32 {
+                        u32::MAX
+                    } else {
+                        (1 << (threads - id * 32)) - 1
+                    },
                     alive: 0,
                     state: State::Done,
                     clock: 0,
@@ -175,7 +185,13 @@ impl<'a> Block<'a> {
             w.regs.clear();
             w.preds.clear();
             w.push_frame(f, NONE, |w, s| Self::special(g, id, w, s));
-            w.stack.push(Path { pc: f.start, mask: w.lanes, join: NONE, frame: 0, call: false });
+            w.stack.push(Path {
+                pc: f.start,
+                mask: w.lanes,
+                join: NONE,
+                frame: 0,
+                call: false,
+            });
             w.alive = w.lanes;
             w.state = State::Ready;
             w.clock = 0;
@@ -198,21 +214,49 @@ impl<'a> Block<'a> {
                 break;
             }
             if used > g.budget {
-                let i = self.warps.iter().position(|w| w.state != State::Done).unwrap_or(0);
-                let what = format!("the block has executed {used} instructions and is not done: an endless loop?");
-                return Err((i, Box::new(Trouble { lane: first(self.warps[i].alive), what, address: None })));
+                let i = self
+                    .warps
+                    .iter()
+                    .position(|w| w.state != State::Done)
+                    .unwrap_or(0);
+                let what = format!(
+                    "the block has executed {used} instructions and is not done: an endless loop?"
+                );
+                return Err((
+                    i,
+                    Box::new(Trouble {
+                        lane: first(self.warps[i].alive),
+                        what,
+                        address: None,
+                    }),
+                ));
             }
         }
         // Every warp is done or waits for one that never comes.
-        if let Some((i, bar)) = self.warps.iter().enumerate().find_map(|(i, w)| match w.state {
-            State::Waiting(b) => Some((i, b)),
-            _ => None,
-        }) {
+        if let Some((i, bar)) = self
+            .warps
+            .iter()
+            .enumerate()
+            .find_map(|(i, w)| match w.state {
+                State::Waiting(b) => Some((i, b)),
+                _ => None,
+            })
+        {
             let b = &self.bars[bar as usize];
-            let what = format!("barrier {bar} is never reached by all threads: {} of {} arrived", b.threads, b.expected);
+            let what = format!(
+                "barrier {bar} is never reached by all threads: {} of {} arrived",
+                b.threads, b.expected
+            );
             let w = &self.warps[i];
             self.fault_pc = w.stack.last().map_or(0, |p| p.pc.saturating_sub(1));
-            return Err((i, Box::new(Trouble { lane: first(w.alive), what, address: None })));
+            return Err((
+                i,
+                Box::new(Trouble {
+                    lane: first(w.alive),
+                    what,
+                    address: None,
+                }),
+            ));
         }
         Ok(())
     }
@@ -275,7 +319,11 @@ impl<'a> Block<'a> {
                         break;
                     }
                     Op::Bar(b) => {
-                        self.warps[wi].stack.last_mut().expect("a running warp has a path").pc = pc + 1;
+                        self.warps[wi]
+                            .stack
+                            .last_mut()
+                            .expect("a running warp has a path")
+                            .pc = pc + 1;
                         self.fault_pc = pc;
                         if m != 0 && self.barrier(wi, b, m)? {
                             return Ok(());
@@ -346,7 +394,13 @@ impl<'a> Block<'a> {
                     *w.r_mut(a.1) = v.0;
                 }
                 let frame = w.frames.len() as u32 - 1;
-                w.stack.push(Path { pc: f.start, mask: m, join: NONE, frame, call: true });
+                w.stack.push(Path {
+                    pc: f.start,
+                    mask: m,
+                    join: NONE,
+                    frame,
+                    call: true,
+                });
             }
             Op::Ret => {
                 top.pc = pc + 1;
@@ -416,14 +470,22 @@ impl<'a> Block<'a> {
         let threads: u32 = self.g.block.iter().product();
         let whole = b.count == NONE;
         let expected = if whole { threads } else { w.r(b.count)[lane] };
-        if !whole && (expected == 0 || expected % 32 != 0 || expected > threads.next_multiple_of(32)) {
-            return fail(lane as u32, format!("barrier {id} for {expected} threads in a block of {threads}"));
+        if !whole
+            && (expected == 0 || expected % 32 != 0 || expected > threads.next_multiple_of(32))
+        {
+            return fail(
+                lane as u32,
+                format!("barrier {id} for {expected} threads in a block of {threads}"),
+            );
         }
         if whole && m != w.lanes {
             let gone = first(w.lanes & !m) as usize;
             return fail(
                 lane as u32,
-                format!("barrier {id} is not reached by all threads: thread {} has ended", self.thread_name(wi, gone)),
+                format!(
+                    "barrier {id} is not reached by all threads: thread {} has ended",
+                    self.thread_name(wi, gone)
+                ),
             );
         }
         let vote = b.red.map(|(_, _, p, neg)| {
@@ -432,7 +494,13 @@ impl<'a> Block<'a> {
         });
         let s = &mut self.bars[id as usize];
         if s.threads > 0 && s.expected != expected {
-            return fail(lane as u32, format!("barrier {id} is used for {} and for {expected} threads", s.expected));
+            return fail(
+                lane as u32,
+                format!(
+                    "barrier {id} is used for {} and for {expected} threads",
+                    s.expected
+                ),
+            );
         }
         s.expected = expected;
         // A partial last warp counts whole where a count is given.
@@ -503,7 +571,11 @@ impl<'a> Block<'a> {
         let l = prog.locs[pc as usize];
         match prog.files.iter().find(|f| f.0 == l.file) {
             Some((_, name)) if l.line != 0 => {
-                format!("{}:{}", name.rsplit(['/', '\\']).next().unwrap_or(name), l.line)
+                format!(
+                    "{}:{}",
+                    name.rsplit(['/', '\\']).next().unwrap_or(name),
+                    l.line
+                )
             }
             _ => format!("PTX line {}", prog.lines[pc as usize]),
         }
@@ -515,7 +587,11 @@ impl<'a> Block<'a> {
             Some(l) => format!("thread {}", self.thread_name(r.warp as usize, l as usize)),
             None => format!("warp {}", r.warp),
         };
-        let how = if r.warp as usize == wi { "without a __syncwarp between them" } else { "without a barrier between them" };
+        let how = if r.warp as usize == wi {
+            "without a __syncwarp between them"
+        } else {
+            "without a barrier between them"
+        };
         Box::new(Trouble {
             lane,
             what: format!(
@@ -530,14 +606,22 @@ impl<'a> Block<'a> {
 
     /// Who is running, for the record of shared memory.
     pub fn who(&self, wi: usize, pc: u32) -> Who {
-        Who { warp: wi as u32, sub: self.warps[wi].sub, pc }
+        Who {
+            warp: wi as u32,
+            sub: self.warps[wi].sub,
+            pc,
+        }
     }
 
     /// The allocation that a global address belongs to: the device's or the module's.
     #[inline]
     pub fn alloc_of(&self, addr: u64) -> Option<&'a Alloc> {
         let g = self.g;
-        if addr >= super::memory::MODULE_BASE { g.module.global(addr) } else { g.mem.find(addr) }
+        if addr >= super::memory::MODULE_BASE {
+            g.module.global(addr)
+        } else {
+            g.mem.find(addr)
+        }
     }
 }
 
@@ -575,14 +659,26 @@ fn diverge(w: &mut Warp, join: u32, paths: &[(u32, u32)]) {
             w.stack.pop();
         }
         for &(pc, mask) in paths {
-            w.stack.push(Path { pc, mask, join: outer, frame, call: false });
+            w.stack.push(Path {
+                pc,
+                mask,
+                join: outer,
+                frame,
+                call: false,
+            });
         }
         return;
     }
     top.pc = join;
     for &(pc, mask) in paths {
         if pc != join {
-            w.stack.push(Path { pc, mask, join, frame, call: false });
+            w.stack.push(Path {
+                pc,
+                mask,
+                join,
+                frame,
+                call: false,
+            });
         }
     }
 }

@@ -36,14 +36,20 @@ impl fmt::Display for Fault {
         if let Some((file, line)) = &self.inlined_at {
             write!(f, " (called at {}:{line})", base(file))?;
         }
-        write!(f, ", block {}, thread {}: {}", p(&self.block), p(&self.thread), self.what)
+        write!(
+            f,
+            ", block {}, thread {}: {}",
+            p(&self.block),
+            p(&self.thread),
+            self.what
+        )
     }
 }
 
 impl std::error::Error for Fault {}
 
-impl From<Fault> for Error {
-    fn from(f: Fault) -> Error {
+impl From<Box<Fault>> for Error {
+    fn from(f: Box<Fault>) -> Error {
         Error::run(f.to_string())
     }
 }

@@ -7,7 +7,11 @@ use half::{bf16, f16};
 #[inline(always)]
 pub fn flush(x: f32, ftz: bool) -> f32 {
     let b = x.to_bits();
-    if ftz && b & 0x7f80_0000 == 0 { f32::from_bits(b & 0x8000_0000) } else { x }
+    if ftz && b & 0x7f80_0000 == 0 {
+        f32::from_bits(b & 0x8000_0000)
+    } else {
+        x
+    }
 }
 
 /// Clamps to [0, 1]; NaN becomes 0.
@@ -36,7 +40,11 @@ pub fn round_to_f32(hi: f64, lo: f64, rnd: Rnd) -> f32 {
     match rnd {
         Rnd::Near | Rnd::Away => {
             if diff != 0.0 && lo != 0.0 && r.is_finite() {
-                let other = if diff > 0.0 { r.next_up() } else { r.next_down() };
+                let other = if diff > 0.0 {
+                    r.next_up()
+                } else {
+                    r.next_down()
+                };
                 if other.is_finite() {
                     let half = (f64::from(r) + f64::from(other)) / 2.0;
                     if hi == half && (lo > 0.0) == (diff > 0.0) {
@@ -109,7 +117,11 @@ pub fn div(a: f32, b: f32, rnd: Rnd) -> f32 {
     let (x, y) = (f64::from(a), f64::from(b));
     let q = x / y;
     // The remainder's sign relative to the divisor's tells on which side the exact quotient lies.
-    let e = if q.is_finite() { (-q).mul_add(y, x) * y.signum() } else { 0.0 };
+    let e = if q.is_finite() {
+        (-q).mul_add(y, x) * y.signum()
+    } else {
+        0.0
+    };
     round_to_f32(q, e, rnd)
 }
 
@@ -120,7 +132,11 @@ pub fn sqrt(a: f32, rnd: Rnd) -> f32 {
     }
     let x = f64::from(a);
     let q = x.sqrt();
-    let e = if q.is_finite() { (-q).mul_add(q, x) } else { 0.0 };
+    let e = if q.is_finite() {
+        (-q).mul_add(q, x)
+    } else {
+        0.0
+    };
     round_to_f32(q, e, rnd)
 }
 
@@ -163,7 +179,11 @@ pub fn tanh(x: f64) -> f64 {
     let e = exp2(x * (2.0 * std::f64::consts::LOG2_E));
     let big = 1.0 - 2.0 / (e + 1.0);
     // Near zero the difference cancels.
-    if x.abs() < 1e-3 { x - x * x * x / 3.0 } else { big }
+    if x.abs() < 1e-3 {
+        x - x * x * x / 3.0
+    } else {
+        big
+    }
 }
 
 /// Minimum of numbers: NaN loses (or wins, with `nan`), -0 is below +0.
@@ -184,7 +204,11 @@ fn pick(a: f32, b: f32, nan: bool, first: bool) -> f32 {
     let r = if first { a } else { b };
     let r = if b.is_nan() { a } else { r };
     let r = if a.is_nan() { b } else { r };
-    if (nan && (a.is_nan() || b.is_nan())) || (a.is_nan() && b.is_nan()) { QNAN } else { r }
+    if (nan && (a.is_nan() || b.is_nan())) || (a.is_nan() && b.is_nan()) {
+        QNAN
+    } else {
+        r
+    }
 }
 
 /// bf16 bits to f32.
@@ -203,7 +227,11 @@ pub fn from_f16(b: u32) -> f32 {
 #[inline(always)]
 pub fn to_bf16(x: f32, rnd: Rnd) -> u32 {
     let b = x.to_bits();
-    let r = if rnd == Rnd::Zero { b >> 16 } else { (b.wrapping_add(0x7fff + (b >> 16 & 1))) >> 16 };
+    let r = if rnd == Rnd::Zero {
+        b >> 16
+    } else {
+        (b.wrapping_add(0x7fff + (b >> 16 & 1))) >> 16
+    };
     if x.is_nan() { 0x7fff } else { r }
 }
 
@@ -228,12 +256,20 @@ pub fn f64_to_half(x: f64, is_bf16: bool) -> u32 {
         // Through f32 rounded to odd, which keeps what decides a tie.
         let r = x as f32;
         let odd = if f64::from(r) != x && r.is_finite() {
-            let t = if f64::from(r).abs() > x.abs() { f32::from_bits(r.to_bits() - 1) } else { r };
+            let t = if f64::from(r).abs() > x.abs() {
+                f32::from_bits(r.to_bits() - 1)
+            } else {
+                r
+            };
             f32::from_bits(t.to_bits() | 1)
         } else {
             r
         };
-        u32::from(if is_bf16 { bf16::from_f32(odd).to_bits() } else { f16::from_f32(odd).to_bits() })
+        u32::from(if is_bf16 {
+            bf16::from_f32(odd).to_bits()
+        } else {
+            f16::from_f32(odd).to_bits()
+        })
     }
 }
 

@@ -48,10 +48,15 @@ pub fn analyse(insts: &mut [Inst], start: u32, end: u32) {
             let i = &insts[last(b)];
             let mut s = match &i.op {
                 Op::Bra { target } => vec![block[*target as usize - start]],
-                Op::BrxIdx { targets } => targets.iter().map(|t| block[*t as usize - start]).collect(),
+                Op::BrxIdx { targets } => {
+                    targets.iter().map(|t| block[*t as usize - start]).collect()
+                }
                 _ => vec![],
             };
-            let ends = matches!(i.op, Op::Bra { .. } | Op::BrxIdx { .. } | Op::Exit | Op::Ret | Op::Trap);
+            let ends = matches!(
+                i.op,
+                Op::Bra { .. } | Op::BrxIdx { .. } | Op::Exit | Op::Ret | Op::Trap
+            );
             if (!ends || i.guard != NONE) && b + 1 < n {
                 s.push(b + 1);
             }
@@ -79,8 +84,15 @@ pub fn analyse(insts: &mut [Inst], start: u32, end: u32) {
             break;
         }
     }
-    let succ: Vec<Vec<usize>> =
-        (0..n).map(|b| succ[b].iter().copied().filter(|&s| way[s] == way[b]).collect()).collect();
+    let succ: Vec<Vec<usize>> = (0..n)
+        .map(|b| {
+            succ[b]
+                .iter()
+                .copied()
+                .filter(|&s| way[s] == way[b])
+                .collect()
+        })
+        .collect();
 
     // Post-dominators by iteration over the reversed graph (Cooper, Harvey and Kennedy), each exit being its own root.
     let mut pred = vec![Vec::new(); n];

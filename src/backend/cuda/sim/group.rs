@@ -11,16 +11,25 @@ impl Block<'_> {
         let lane = first(m);
         let set = w.r(mask)[lane as usize];
         if let Some(l) = lanes(m).find(|&l| set >> l & 1 == 0) {
-            return fail(l as u32, format!("{what}: the executing lane {l} is not in the member mask 0x{set:08x}"));
+            return fail(
+                l as u32,
+                format!("{what}: the executing lane {l} is not in the member mask 0x{set:08x}"),
+            );
         }
         if let Some(l) = lanes(m).find(|&l| w.r(mask)[l] != set) {
-            return fail(l as u32, format!("{what}: lanes {lane} and {l} name different member masks"));
+            return fail(
+                l as u32,
+                format!("{what}: lanes {lane} and {l} name different member masks"),
+            );
         }
         let missing = set & w.alive & !m;
         if self.g.checks && missing != 0 {
             return fail(
                 lane,
-                format!("{what}: lane {} is in the member mask 0x{set:08x} but not active here", first(missing)),
+                format!(
+                    "{what}: lane {} is in the member mask 0x{set:08x} but not active here",
+                    first(missing)
+                ),
             );
         }
         Ok(set)
@@ -47,7 +56,9 @@ impl Block<'_> {
                 let a = self.wide_values(wi, i);
                 let mut t: R32 = [0; 32];
                 for l in lanes(set) {
-                    t[l] = lanes(set).filter(|&o| a[o] == a[l]).fold(0, |s, o| s | 1 << o);
+                    t[l] = lanes(set)
+                        .filter(|&o| a[o] == a[l])
+                        .fold(0, |s, o| s | 1 << o);
                 }
                 self.warps[wi].put(i.d, m, &t);
             }
@@ -104,7 +115,11 @@ impl Block<'_> {
 
     fn wide_values(&self, wi: usize, i: &Inst) -> [u64; 32] {
         let w = &self.warps[wi];
-        if i.ty.bytes() == 8 { *w.r64(i.a) } else { w.r(i.a).map(u64::from) }
+        if i.ty.bytes() == 8 {
+            *w.r64(i.a)
+        } else {
+            w.r(i.a).map(u64::from)
+        }
     }
 
     /// `shfl.sync`: segments and clamps as the PTX document's pseudocode has them.
@@ -136,7 +151,10 @@ impl Block<'_> {
             if p {
                 ok |= 1 << l;
                 if m >> j & 1 == 0 && self.g.checks {
-                    return fail(lane, format!("shuffle: lane {l} reads from lane {j}, which is not active"));
+                    return fail(
+                        lane,
+                        format!("shuffle: lane {l} reads from lane {j}, which is not active"),
+                    );
                 }
             }
             t[l] = a[j];

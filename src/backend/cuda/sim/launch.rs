@@ -23,13 +23,18 @@ pub struct LaunchOptions {
 
 impl Default for LaunchOptions {
     fn default() -> Self {
-        LaunchOptions { threads: 0, checks: true, seed: 0, budget: 1 << 33 }
+        LaunchOptions {
+            threads: 0,
+            checks: true,
+            seed: 0,
+            budget: 1 << 33,
+        }
     }
 }
 
 /// A failure before any thread runs.
-fn refuse(kernel: &str, what: String) -> Fault {
-    Fault {
+fn refuse(kernel: &str, what: String) -> Box<Fault> {
+    Box::new(Fault {
         kernel: kernel.to_string(),
         file: String::new(),
         line: 0,
@@ -38,7 +43,7 @@ fn refuse(kernel: &str, what: String) -> Fault {
         thread: [0; 3],
         what,
         address: None,
-    }
+    })
 }
 
 /// Runs kernel `entry` of `module` on a grid of blocks, with `params` laid out as [`Module::entry`] says.
@@ -58,26 +63,50 @@ pub fn launch(
     params: &[u8],
     mem: &Memory,
     options: &LaunchOptions,
-) -> Result<Counters, Fault> {
+) -> Result<Counters, Box<Fault>> {
     let prog = module.program();
-    let Some((func, e)) = prog.funcs.iter().find(|f| f.entry && f.name == entry).zip(module.entry(entry)) else {
+    let Some((func, e)) = prog
+        .funcs
+        .iter()
+        .find(|f| f.entry && f.name == entry)
+        .zip(module.entry(entry))
+    else {
         return Err(refuse(entry, "the module has no such kernel".into()));
     };
     let size = |d: [u32; 3]| d.iter().map(|&x| u64::from(x)).product::<u64>();
     let (blocks, threads) = (size(grid), size(block));
     if threads == 0 || threads > 1024 || blocks == 0 || grid[1] > 65535 || grid[2] > 65535 {
-        return Err(refuse(entry, format!("a grid of {grid:?} blocks of {block:?} threads is not possible")));
+        return Err(refuse(
+            entry,
+            format!("a grid of {grid:?} blocks of {block:?} threads is not possible"),
+        ));
     }
     if let Some(max) = e.max_threads.map(size)
         && threads > max
     {
-        return Err(refuse(entry, format!("{threads} threads a block, but __launch_bounds__ allows {max}")));
+        return Err(refuse(
+            entry,
+            format!("{threads} threads a block, but __launch_bounds__ allows {max}"),
+        ));
     }
     if params.len() != e.param_bytes {
-        return Err(refuse(entry, format!("{} bytes of parameters expected, {} given", e.param_bytes, params.len())));
+        return Err(refuse(
+            entry,
+            format!(
+                "{} bytes of parameters expected, {} given",
+                e.param_bytes,
+                params.len()
+            ),
+        ));
     }
     if func.shared + dynamic_smem > 232_448 {
-        return Err(refuse(entry, format!("{} bytes of shared memory: there are 232448", func.shared + dynamic_smem)));
+        return Err(refuse(
+            entry,
+            format!(
+                "{} bytes of shared memory: there are 232448",
+                func.shared + dynamic_smem
+            ),
+        ));
     }
     let g = Grid {
         module,
@@ -100,7 +129,7 @@ pub fn launch(
     let next = AtomicU64::new(0);
     // The lowest failing block so far: later ones need not run.
     let limit = AtomicU64::new(blocks);
-    let found: Mutex<Option<(u64, Fault)>> = Mutex::new(None);
+    let found: Mutex<Option<(u64, Box<Fault>)>> = Mutex::new(None);
     let totals: Mutex<Vec<PcStat>> = Mutex::new(vec![PcStat::default(); prog.insts.len()]);
     let work = || {
         let mut b = Block::new(&g);
@@ -109,20 +138,28 @@ pub fn launch(
             if n >= limit.load(Ordering::Relaxed) {
                 break;
             }
-            let i = if func.ordered { permuted(n, blocks, options.seed) } else { n };
+            let i = if func.ordered {
+                permuted(n, blocks, options.seed)
+            } else {
+                n
+            };
             let (x, y) = (u64::from(grid[0]), u64::from(grid[1]));
             let id = [(i % x) as u32, (i / x % y) as u32, (i / x / y) as u32];
             if let Err((wi, t)) = b.run(id) {
                 limit.fetch_min(n, Ordering::Relaxed);
                 let fault = locate(&b, entry, wi, *t);
-                let mut f = found.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                let mut f = found
+                    .lock()
+                    .unwrap_or_else(std::sync::PoisonError::into_inner);
                 if f.as_ref().is_none_or(|old| n < old.0) {
                     *f = Some((n, fault));
                 }
                 break;
             }
         }
-        let mut t = totals.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut t = totals
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
         for (t, s) in t.iter_mut().zip(&b.stats) {
             t.add(s);
         }
@@ -137,11 +174,21 @@ pub fn launch(
         });
     }
     mem.settle();
-    if let Some((_, f)) = found.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner) {
+    if let Some((_, f)) = found
+        .into_inner()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
+    {
         return Err(f);
     }
-    let totals = totals.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
-    Ok(Counters::from_stats(prog, &totals, blocks, blocks * threads))
+    let totals = totals
+        .into_inner()
+        .unwrap_or_else(std::sync::PoisonError::into_inner);
+    Ok(Counters::from_stats(
+        prog,
+        &totals,
+        blocks,
+        blocks * threads,
+    ))
 }
 
 /// The `n`th block to run: with a seed, a step through the blocks that is prime to their number.
@@ -155,7 +202,7 @@ fn permuted(n: u64, blocks: u64, seed: u64) -> u64 {
         }
         a
     };
-    let mut step = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) % blocks | 1;
+    let mut step = (seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) % blocks) | 1;
     while gcd(step, blocks) != 1 {
         step += 2;
     }
@@ -163,21 +210,35 @@ fn permuted(n: u64, blocks: u64, seed: u64) -> u64 {
 }
 
 /// Adds the place to a failure.
-fn locate(b: &Block, entry: &str, wi: usize, t: Trouble) -> Fault {
+fn locate(b: &Block, entry: &str, wi: usize, t: Trouble) -> Box<Fault> {
     let prog = b.g.module.program();
     let pc = b.fault_pc as usize;
     let loc = prog.locs[pc];
-    let file = |n: u32| prog.files.iter().find(|f| f.0 == n).map(|f| f.1.clone()).unwrap_or_default();
+    let file = |n: u32| {
+        prog.files
+            .iter()
+            .find(|f| f.0 == n)
+            .map(|f| f.1.clone())
+            .unwrap_or_default()
+    };
     let lane = t.lane as usize & 31;
     let tid = &b.warps[wi].tid;
-    Fault {
+    Box::new(Fault {
         kernel: entry.to_string(),
-        file: if loc.line == 0 { String::new() } else { file(loc.file) },
-        line: if loc.line == 0 { prog.lines[pc] } else { loc.line },
+        file: if loc.line == 0 {
+            String::new()
+        } else {
+            file(loc.file)
+        },
+        line: if loc.line == 0 {
+            prog.lines[pc]
+        } else {
+            loc.line
+        },
         inlined_at: (loc.outer.0 != 0).then(|| (file(loc.outer.0), loc.outer.1)),
         block: b.id,
         thread: [tid[0][lane], tid[1][lane], tid[2][lane]],
         what: t.what,
         address: t.address,
-    }
+    })
 }

@@ -4,7 +4,7 @@ use super::ast::{Space, Ty};
 use super::counters::{sectors, wavefronts};
 use super::exec::{Block, Done, Trouble, fail, first, lanes};
 use super::memory::{Alloc, LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW, WINDOW_SIZE};
-use super::program::{Access, AtomOp, Atomic, Inst, NONE, Op};
+use super::program::{Access, Inst, NONE, Op};
 use super::warp::R64;
 
 /// Where an address points.
@@ -56,7 +56,13 @@ impl Block<'_> {
         for k in 0..a.vec as usize {
             let at = addr[0] as usize + k * n;
             let Some(b) = self.g.params.get(at..at + n) else {
-                return fail(first(m), format!("parameter at byte {at} is not there: {} were passed", self.g.params.len()));
+                return fail(
+                    first(m),
+                    format!(
+                        "parameter at byte {at} is not there: {} were passed",
+                        self.g.params.len()
+                    ),
+                );
             };
             let mut buf = [0; 8];
             buf[..n].copy_from_slice(b);
@@ -71,16 +77,18 @@ impl Block<'_> {
         Ok(())
     }
 
-    fn place(space: Space, addr: u64) -> (Place, u64) {
+    pub fn place(space: Space, addr: u64) -> (Place, u64) {
         match space {
             Space::Global | Space::Const => (Place::Global, addr),
             Space::Shared => (Place::Shared, addr),
             Space::Local => (Place::Local, addr),
             Space::Param => (Place::Param, addr),
             Space::Generic => {
-                for (base, p) in
-                    [(SHARED_WINDOW, Place::Shared), (LOCAL_WINDOW, Place::Local), (PARAM_WINDOW, Place::Param)]
-                {
+                for (base, p) in [
+                    (SHARED_WINDOW, Place::Shared),
+                    (LOCAL_WINDOW, Place::Local),
+                    (PARAM_WINDOW, Place::Param),
+                ] {
                     if addr.wrapping_sub(base) < WINDOW_SIZE {
                         return (p, addr - base);
                     }
@@ -109,13 +117,16 @@ impl Block<'_> {
             lo = lo.min(x);
             hi = hi.max(x);
         }
-        if or % n as u64 != 0 {
-            let l = lanes(m).find(|&l| addr[l] % n as u64 != 0).unwrap_or(f);
+        if !or.is_multiple_of(n as u64) {
+            let l = lanes(m)
+                .find(|&l| !addr[l].is_multiple_of(n as u64))
+                .unwrap_or(f);
             return self.misaligned(l, addr[l], n, load);
         }
         let (place, base) = Self::place(a.space, addr[f]);
         let delta = addr[f] - base;
-        let same = a.space != Space::Generic || (Self::place(a.space, lo).0 == place && Self::place(a.space, hi).0 == place);
+        let same = a.space != Space::Generic
+            || (Self::place(a.space, lo).0 == place && Self::place(a.space, hi).0 == place);
         if !same {
             // Lanes that point to different spaces: one after the other.
             for l in lanes(m) {
@@ -134,10 +145,13 @@ impl Block<'_> {
         self.access_in(wi, pc, a, m, load, place, &addr, (lo - delta, hi - delta))
     }
 
-    fn misaligned<T>(&self, lane: usize, addr: u64, n: usize, load: bool) -> Done<T> {
+    pub fn misaligned<T>(&self, lane: usize, addr: u64, n: usize, load: bool) -> Done<T> {
         Err(Box::new(Trouble {
             lane: lane as u32,
-            what: format!("misaligned {} of {n} bytes at 0x{addr:x}", if load { "read" } else { "write" }),
+            what: format!(
+                "misaligned {} of {n} bytes at 0x{addr:x}",
+                if load { "read" } else { "write" }
+            ),
             address: Some(addr),
         }))
     }
@@ -194,7 +208,11 @@ impl Block<'_> {
     #[inline]
     fn get(&self, wi: usize, a: &Access, k: usize, l: usize) -> u64 {
         let w = &self.warps[wi];
-        if a.wide { w.r64(a.regs[k])[l] } else { u64::from(w.r(a.regs[k])[l]) }
+        if a.wide {
+            w.r64(a.regs[k])[l]
+        } else {
+            u64::from(w.r(a.regs[k])[l])
+        }
     }
 
     /// The allocation that a global access falls in; everything else is a fault.
@@ -208,31 +226,57 @@ impl Block<'_> {
             return Ok(a);
         }
         let text = match found {
-            Some(a) if a.freed => format!("{what} after free: {n} bytes at {} of `{}`", addr.wrapping_sub(a.base), a.label),
+            Some(a) if a.freed => format!(
+                "{what} after free: {n} bytes at {} of `{}`",
+                addr.wrapping_sub(a.base),
+                a.label
+            ),
             Some(a) => {
                 let past = addr.wrapping_sub(a.base + a.len) as i64;
                 match self.g.mem.next(addr) {
                     // Closer to the start of the next one: an index below zero.
                     Some(b) if past > 0 && b.base - addr < past as u64 => {
-                        format!("out of bounds: {what} of {n} bytes, {} before `{}` ({} bytes)", b.base - addr, b.label, b.len)
+                        format!(
+                            "out of bounds: {what} of {n} bytes, {} before `{}` ({} bytes)",
+                            b.base - addr,
+                            b.label,
+                            b.len
+                        )
                     }
                     _ if past < 0 => {
-                        format!("out of bounds: {what} of {n} bytes at {} of `{}` ({} bytes)", addr - a.base, a.label, a.len)
+                        format!(
+                            "out of bounds: {what} of {n} bytes at {} of `{}` ({} bytes)",
+                            addr - a.base,
+                            a.label,
+                            a.len
+                        )
                     }
-                    _ => format!("out of bounds: {what} of {n} bytes at {past} past the end of `{}` ({} bytes)", a.label, a.len),
+                    _ => format!(
+                        "out of bounds: {what} of {n} bytes at {past} past the end of `{}` ({} bytes)",
+                        a.label, a.len
+                    ),
                 }
             }
             None if addr < 1 << 20 => format!("{what} of {n} bytes at 0x{addr:x}: a null pointer"),
-            None => format!("out of bounds: {what} of {n} bytes at 0x{addr:x}, which is no device memory"),
+            None => format!(
+                "out of bounds: {what} of {n} bytes at 0x{addr:x}, which is no device memory"
+            ),
         };
-        Err(Box::new(Trouble { lane: lane as u32, what: text, address: Some(addr) }))
+        Err(Box::new(Trouble {
+            lane: lane as u32,
+            what: text,
+            address: Some(addr),
+        }))
     }
 
     /// A read of bytes that nobody wrote.
     pub fn uninit<T>(lane: usize, a: &Alloc, off: u64, n: u64) -> Done<T> {
         Err(Box::new(Trouble {
             lane: lane as u32,
-            what: format!("uninitialised: nobody wrote all of the {n} bytes at {off} of `{}` ({} bytes)", a.label, a.len),
+            what: format!(
+                "uninitialised: nobody wrote all of the {n} bytes at {off} of `{}` ({} bytes)",
+                a.label, a.len
+            ),
             address: Some(a.base + off),
         }))
     }
@@ -250,7 +294,11 @@ impl Block<'_> {
                 count += u64::from(addr[l] >> 5 != addr[l - 1] >> 5);
                 distinct += u64::from(addr[l] != addr[l - 1]);
             }
-            if rising { (count, (distinct * n).div_ceil(32)) } else { sectors(&mut addr.clone(), n) }
+            if rising {
+                (count, (distinct * n).div_ceil(32))
+            } else {
+                sectors(&mut addr.clone(), n)
+            }
         } else {
             let mut list = [0; 32];
             let mut k = 0;
@@ -282,7 +330,17 @@ impl Block<'_> {
     }
 
     #[allow(clippy::too_many_arguments)]
-    fn global(&mut self, wi: usize, pc: u32, a: &Access, m: u32, load: bool, addr: &R64, range: (u64, u64), n: u64) -> Done {
+    fn global(
+        &mut self,
+        wi: usize,
+        pc: u32,
+        a: &Access,
+        m: u32,
+        load: bool,
+        addr: &R64,
+        range: (u64, u64),
+        n: u64,
+    ) -> Done {
         self.count_global(pc, addr, m, n);
         let what = if load { "read" } else { "write" };
         let f = first(m) as usize;
@@ -324,7 +382,13 @@ impl Block<'_> {
                 } else {
                     for k in 0..a.vec as usize {
                         for l in lanes(m) {
-                            self.set(wi, a, k, l, al.read(addr[l] - base + (size * k) as u64, size));
+                            self.set(
+                                wi,
+                                a,
+                                k,
+                                l,
+                                al.read(addr[l] - base + (size * k) as u64, size),
+                            );
                         }
                     }
                 }
@@ -335,7 +399,11 @@ impl Block<'_> {
                 } else {
                     for k in 0..a.vec as usize {
                         for l in lanes(m) {
-                            al.write(addr[l] - base + (size * k) as u64, size, self.get(wi, a, k, l));
+                            al.write(
+                                addr[l] - base + (size * k) as u64,
+                                size,
+                                self.get(wi, a, k, l),
+                            );
                         }
                     }
                 }
@@ -381,7 +449,10 @@ impl Block<'_> {
             if addr[l].checked_add(u64::from(n)).is_none_or(|e| e > len) {
                 return Err(Box::new(Trouble {
                     lane: l as u32,
-                    what: format!("out of bounds: {what} of {n} bytes at {} of shared memory ({len} bytes)", addr[l] as i64),
+                    what: format!(
+                        "out of bounds: {what} of {n} bytes at {} of shared memory ({len} bytes)",
+                        addr[l] as i64
+                    ),
                     address: Some(addr[l]),
                 }));
             }
@@ -390,14 +461,24 @@ impl Block<'_> {
     }
 
     /// Checks a read of shared memory by one lane (or [`NONE`], the warp, on behalf of `l`).
-    pub fn check_shared_read(&mut self, wi: usize, pc: u32, l: usize, as_lane: u32, at: u32, n: u32) -> Done {
+    pub fn check_shared_read(
+        &mut self,
+        wi: usize,
+        pc: u32,
+        l: usize,
+        as_lane: u32,
+        at: u32,
+        n: u32,
+    ) -> Done {
         if self.shared.in_flight(at, n) {
             return self.in_flight(l, at, n, "read");
         }
         if !self.shared.is_init(at, n) {
             return Err(Box::new(Trouble {
                 lane: l as u32,
-                what: format!("uninitialised: nobody wrote all of the {n} bytes at {at} of shared memory"),
+                what: format!(
+                    "uninitialised: nobody wrote all of the {n} bytes at {at} of shared memory"
+                ),
                 address: Some(u64::from(at)),
             }));
         }
@@ -405,7 +486,10 @@ impl Block<'_> {
         let mut b = at;
         while b < at + n {
             let k = (4 - b % 4).min(at + n - b);
-            if let Some(r) = self.shared.note_read(b / 4, ((1 << k) - 1) << (b % 4), as_lane, &who) {
+            if let Some(r) = self
+                .shared
+                .note_read(b / 4, ((1 << k) - 1) << (b % 4), as_lane, &who)
+            {
                 return Err(self.race(&r, wi, l as u32, false, b));
             }
             b += k;
@@ -424,7 +508,15 @@ impl Block<'_> {
     }
 
     /// Checks a write to shared memory by one lane, or an asynchronous one at its issue.
-    pub fn check_shared_write(&mut self, wi: usize, pc: u32, l: usize, at: u32, n: u32, atomic: bool) -> Done {
+    pub fn check_shared_write(
+        &mut self,
+        wi: usize,
+        pc: u32,
+        l: usize,
+        at: u32,
+        n: u32,
+        atomic: bool,
+    ) -> Done {
         if self.shared.in_flight(at, n) {
             return self.in_flight(l, at, n, "write");
         }
@@ -432,7 +524,10 @@ impl Block<'_> {
         let mut b = at;
         while b < at + n {
             let k = (4 - b % 4).min(at + n - b);
-            if let Some(r) = self.shared.note_write(b / 4, ((1 << k) - 1) << (b % 4), l as u32, &who, atomic) {
+            if let Some(r) =
+                self.shared
+                    .note_write(b / 4, ((1 << k) - 1) << (b % 4), l as u32, &who, atomic)
+            {
                 return Err(self.race(&r, wi, l as u32, true, b));
             }
             b += k;
@@ -441,8 +536,22 @@ impl Block<'_> {
     }
 
     #[allow(clippy::too_many_arguments)]
-    fn shared_access(&mut self, wi: usize, pc: u32, a: &Access, m: u32, load: bool, addr: &R64, range: (u64, u64), n: u32) -> Done {
-        if range.1.checked_add(u64::from(n)).is_none_or(|e| e > u64::from(self.shared.len)) {
+    fn shared_access(
+        &mut self,
+        wi: usize,
+        pc: u32,
+        a: &Access,
+        m: u32,
+        load: bool,
+        addr: &R64,
+        range: (u64, u64),
+        n: u32,
+    ) -> Done {
+        if range
+            .1
+            .checked_add(u64::from(n))
+            .is_none_or(|e| e > u64::from(self.shared.len))
+        {
             self.shared_bounds(m, addr, n, if load { "read" } else { "write" })?;
         }
         self.count_shared(pc, addr, m, n);
@@ -464,7 +573,8 @@ impl Block<'_> {
                 if size == 8 {
                     for l in lanes(m) {
                         let at = addr[l] as u32 + 8 * k;
-                        let v = u64::from(self.shared.read(at, 4)) | u64::from(self.shared.read(at + 4, 4)) << 32;
+                        let v = u64::from(self.shared.read(at, 4))
+                            | u64::from(self.shared.read(at + 4, 4)) << 32;
                         self.set(wi, a, k as usize, l, v);
                     }
                 } else {
@@ -481,12 +591,18 @@ impl Block<'_> {
             if checks {
                 // Lanes that write the same value to one place in one instruction are no race.
                 let twin = lanes(m & ((1 << l) - 1)).any(|o| addr[o] == addr[l])
-                    && lanes(m & ((1 << l) - 1)).filter(|&o| addr[o] == addr[l]).all(|o| {
-                        (0..a.vec as usize).all(|k| {
-                            let keep = if size == 8 { u64::MAX } else { (1 << (8 * size)) - 1 };
-                            self.get(wi, a, k, o) & keep == self.get(wi, a, k, l) & keep
-                        })
-                    });
+                    && lanes(m & ((1 << l) - 1))
+                        .filter(|&o| addr[o] == addr[l])
+                        .all(|o| {
+                            (0..a.vec as usize).all(|k| {
+                                let keep = if size == 8 {
+                                    u64::MAX
+                                } else {
+                                    (1 << (8 * size)) - 1
+                                };
+                                self.get(wi, a, k, o) & keep == self.get(wi, a, k, l) & keep
+                            })
+                        });
                 if twin {
                     continue;
                 }
@@ -507,11 +623,28 @@ impl Block<'_> {
     }
 
     #[allow(clippy::too_many_arguments)]
-    fn local_access(&mut self, wi: usize, a: &Access, m: u32, load: bool, addr: &R64, range: (u64, u64), n: u64) -> Done {
+    fn local_access(
+        &mut self,
+        wi: usize,
+        a: &Access,
+        m: u32,
+        load: bool,
+        addr: &R64,
+        range: (u64, u64),
+        n: u64,
+    ) -> Done {
         let len = self.local_words as u64 * 4;
         if range.1.checked_add(n).is_none_or(|e| e > len) {
-            let l = lanes(m).find(|&l| addr[l].saturating_add(n) > len).unwrap_or(0);
-            return fail(l as u32, format!("out of bounds: {n} bytes at {} of local memory ({len} bytes)", addr[l] as i64));
+            let l = lanes(m)
+                .find(|&l| addr[l].saturating_add(n) > len)
+                .unwrap_or(0);
+            return fail(
+                l as u32,
+                format!(
+                    "out of bounds: {n} bytes at {} of local memory ({len} bytes)",
+                    addr[l] as i64
+                ),
+            );
         }
         let size = a.ty.bytes();
         for k in 0..a.vec as usize {
@@ -531,81 +664,6 @@ impl Block<'_> {
         }
         Ok(())
     }
-
-    fn atomic(&mut self, wi: usize, pc: u32, a: &Atomic, m: u32) -> Done {
-        let addr = self.addresses(wi, a.mem.addr, a.mem.addr64, a.mem.off);
-        let n = a.mem.ty.bytes();
-        // The order of lanes is that of the seed: a rotation, so that every lane may be the first.
-        let turn = (self.g.seed % 32) as u32;
-        let order = lanes(m.rotate_right(turn)).map(|l| (l + turn as usize) % 32);
-        let (mut global, mut shared) = (0, 0);
-        let mut at: R64 = [0; 32];
-        for l in order {
-            if addr[l] % n as u64 != 0 {
-                return self.misaligned(l, addr[l], n, false);
-            }
-            let w = &self.warps[wi];
-            let operand = |s: u32| match (s, n) {
-                (NONE, _) => 0,
-                (s, 8) => w.r64(s)[l],
-                (s, _) => u64::from(w.r(s)[l]),
-            };
-            let (b, c) = (operand(a.b), operand(a.c));
-            let (place, x) = Self::place(a.mem.space, addr[l]);
-            at[l] = x;
-            let old = match place {
-                Place::Global => {
-                    global |= 1 << l;
-                    let al = self.owner(l, x, n as u64, "atomic")?;
-                    let off = x - al.base;
-                    if al.constant {
-                        return fail(l as u32, format!("atomic on constant memory `{}`", al.label));
-                    }
-                    if self.g.checks && !al.all_init() && !al.is_init(off, n as u64) {
-                        return Self::uninit(l, al, off, n as u64);
-                    }
-                    al.update(off, n, |o| apply(a.op, a.mem.ty, o, b, c))
-                }
-                Place::Shared => {
-                    shared |= 1 << l;
-                    self.shared_bounds(1 << l, &at, n as u32, "atomic")?;
-                    let s = x as u32;
-                    if self.g.checks {
-                        if !self.shared.is_init(s, n as u32) {
-                            return fail(l as u32, format!("uninitialised: atomic on {n} bytes at {s} of shared memory"));
-                        }
-                        self.check_shared_write(wi, pc, l, s, n as u32, true)?;
-                    }
-                    let mut old = u64::from(self.shared.read(s, n.min(4) as u32));
-                    if n == 8 {
-                        old |= u64::from(self.shared.read(s + 4, 4)) << 32;
-                    }
-                    let new = apply(a.op, a.mem.ty, old, b, c);
-                    self.shared.write(s, n.min(4) as u32, new as u32);
-                    if n == 8 {
-                        self.shared.write(s + 4, 4, (new >> 32) as u32);
-                    }
-                    old
-                }
-                _ => return fail(l as u32, "atomic on local memory or parameters"),
-            };
-            if a.d != NONE {
-                let w = &mut self.warps[wi];
-                if n == 8 {
-                    w.r64_mut(a.d)[l] = old;
-                } else {
-                    w.r_mut(a.d)[l] = old as u32;
-                }
-            }
-        }
-        if global != 0 {
-            self.count_global(pc, &at, global, n as u64);
-        }
-        if shared != 0 {
-            self.count_shared(pc, &at, shared, n as u32);
-        }
-        Ok(())
-    }
 }
 
 /// What a load puts into the register: extended by the type's sign to the register's width.
@@ -618,56 +676,4 @@ fn extend(raw: u64, a: &Access) -> u64 {
         _ => raw,
     };
     if a.half { v & 0xffff } else { v }
-}
-
-/// The new value of an atomic's memory.
-fn apply(op: AtomOp, ty: Ty, old: u64, b: u64, c: u64) -> u64 {
-    let (s, t) = (old as u32 as i32, b as u32 as i32);
-    match (op, ty) {
-        (AtomOp::Add, Ty::F32) => u64::from((f32::from_bits(old as u32) + f32::from_bits(b as u32)).to_bits()),
-        (AtomOp::Add, Ty::F64) => (f64::from_bits(old) + f64::from_bits(b)).to_bits(),
-        (AtomOp::Add, Ty::F16 | Ty::Bf16 | Ty::F16x2 | Ty::Bf16x2) => {
-            let bf = matches!(ty, Ty::Bf16 | Ty::Bf16x2);
-            let one = |sh: u32| {
-                let f = |x: u64| {
-                    let h = (x >> sh) as u32 & 0xffff;
-                    f64::from(if bf { super::float::from_bf16(h) } else { super::float::from_f16(h) })
-                };
-                u64::from(super::float::f64_to_half(f(old) + f(b), bf)) << sh
-            };
-            one(0) | if ty.bytes() == 4 { one(16) } else { 0 }
-        }
-        (AtomOp::Add, _) => old.wrapping_add(b),
-        (AtomOp::Min, Ty::S32) => s.min(t) as u32 as u64,
-        (AtomOp::Max, Ty::S32) => s.max(t) as u32 as u64,
-        (AtomOp::Min, Ty::S64) => (old as i64).min(b as i64) as u64,
-        (AtomOp::Max, Ty::S64) => (old as i64).max(b as i64) as u64,
-        (AtomOp::Min, _) => old.min(b),
-        (AtomOp::Max, _) => old.max(b),
-        (AtomOp::And, _) => old & b,
-        (AtomOp::Or, _) => old | b,
-        (AtomOp::Xor, _) => old ^ b,
-        (AtomOp::Exch, _) => b,
-        (AtomOp::Cas, _) => {
-            if old == b {
-                c
-            } else {
-                old
-            }
-        }
-        (AtomOp::Inc, _) => {
-            if old >= b {
-                0
-            } else {
-                old + 1
-            }
-        }
-        (AtomOp::Dec, _) => {
-            if old == 0 || old > b {
-                b
-            } else {
-                old - 1
-            }
-        }
-    }
 }

@@ -50,7 +50,11 @@ pub fn lex(text: &str) -> Result<Vec<Token>> {
                 i += 2;
                 loop {
                     match s.get(i) {
-                        None => return Err(Error::input(format!("PTX line {start}: a comment is not closed"))),
+                        None => {
+                            return Err(Error::input(format!(
+                                "PTX line {start}: a comment is not closed"
+                            )));
+                        }
                         Some(b'*') if s.get(i + 1) == Some(&b'/') => break,
                         Some(b'\n') => line += 1,
                         Some(_) => {}
@@ -66,9 +70,14 @@ pub fn lex(text: &str) -> Result<Vec<Token>> {
                     i += if s[i] == b'\\' { 2 } else { 1 };
                 }
                 if s.get(i) != Some(&b'"') {
-                    return Err(Error::input(format!("PTX line {line}: a string is not closed")));
+                    return Err(Error::input(format!(
+                        "PTX line {line}: a string is not closed"
+                    )));
                 }
-                out.push(Token { tok: Tok::Str(String::from_utf8_lossy(&s[start..i]).into_owned()), line });
+                out.push(Token {
+                    tok: Tok::Str(String::from_utf8_lossy(&s[start..i]).into_owned()),
+                    line,
+                });
                 i += 1;
             }
             _ if word_char(c) => {
@@ -82,11 +91,17 @@ pub fn lex(text: &str) -> Result<Vec<Token>> {
                         break;
                     }
                 }
-                out.push(Token { tok: Tok::Word(text[start..i].to_string()), line });
+                out.push(Token {
+                    tok: Tok::Word(text[start..i].to_string()),
+                    line,
+                });
             }
-            b'{' | b'}' | b'(' | b')' | b'[' | b']' | b'<' | b'>' | b',' | b';' | b':' | b'=' | b'@' | b'!' | b'|'
-            | b'+' | b'-' | b'~' => {
-                out.push(Token { tok: Tok::P(c as char), line });
+            b'{' | b'}' | b'(' | b')' | b'[' | b']' | b'<' | b'>' | b',' | b';' | b':' | b'='
+            | b'@' | b'!' | b'|' | b'+' | b'-' | b'~' => {
+                out.push(Token {
+                    tok: Tok::P(c as char),
+                    line,
+                });
                 i += 1;
             }
             _ => {

@@ -65,7 +65,11 @@ impl Alloc {
 
     fn ptr(&self, off: u64) -> *mut u8 {
         debug_assert!(off <= self.len);
-        self.data.as_ptr().cast::<u8>().cast_mut().wrapping_add(off as usize)
+        self.data
+            .as_ptr()
+            .cast::<u8>()
+            .cast_mut()
+            .wrapping_add(off as usize)
     }
 
     /// Whether `off..off + n` lies inside.
@@ -77,7 +81,7 @@ impl Alloc {
     /// Reads `n` <= 8 bytes (a power of two, aligned to its size, inside).
     #[inline]
     pub fn read(&self, off: u64, n: usize) -> u64 {
-        assert!(self.holds(off, n as u64) && off % n as u64 == 0);
+        assert!(self.holds(off, n as u64) && off.is_multiple_of(n as u64));
         let p = self.ptr(off);
         // SAFETY: inside the allocation and aligned by the assertion; atomics may be shared.
         unsafe {
@@ -93,7 +97,7 @@ impl Alloc {
     /// Writes `n` <= 8 bytes, as [`read`](Self::read).
     #[inline]
     pub fn write(&self, off: u64, n: usize, v: u64) {
-        assert!(self.holds(off, n as u64) && off % n as u64 == 0);
+        assert!(self.holds(off, n as u64) && off.is_multiple_of(n as u64));
         let p = self.ptr(off);
         // SAFETY: as in `read`.
         unsafe {
@@ -108,7 +112,7 @@ impl Alloc {
 
     /// Replaces `n` (4 or 8, or 2) bytes by `f` of them in one step; returns the old ones.
     pub fn update(&self, off: u64, n: usize, f: impl Fn(u64) -> u64) -> u64 {
-        assert!(self.holds(off, n as u64) && off % n as u64 == 0);
+        assert!(self.holds(off, n as u64) && off.is_multiple_of(n as u64));
         let p = self.ptr(off);
         // SAFETY: as in `read`.
         unsafe {
@@ -123,7 +127,9 @@ impl Alloc {
                         .fetch_update(Relaxed, Relaxed, |x| Some(f(u64::from(x)) as u32))
                         .unwrap_or_else(|x| x),
                 ),
-                _ => AtomicU64::from_ptr(p.cast()).fetch_update(Relaxed, Relaxed, |x| Some(f(x))).unwrap_or_else(|x| x),
+                _ => AtomicU64::from_ptr(p.cast())
+                    .fetch_update(Relaxed, Relaxed, |x| Some(f(x)))
+                    .unwrap_or_else(|x| x),
             }
         }
     }
@@ -131,7 +137,7 @@ impl Alloc {
     /// Reads 32 words of 4 bytes from `off` on (aligned to 4, inside).
     #[inline]
     pub fn read_row(&self, off: u64, out: &mut [u32; 32]) {
-        assert!(self.holds(off, 128) && off % 4 == 0);
+        assert!(self.holds(off, 128) && off.is_multiple_of(4));
         let p = self.ptr(off).cast::<u32>();
         for (i, o) in out.iter_mut().enumerate() {
             // SAFETY: as in `read`.
@@ -142,7 +148,7 @@ impl Alloc {
     /// Writes 32 words of 4 bytes, as [`read_row`](Self::read_row).
     #[inline]
     pub fn write_row(&self, off: u64, v: &[u32; 32]) {
-        assert!(self.holds(off, 128) && off % 4 == 0);
+        assert!(self.holds(off, 128) && off.is_multiple_of(4));
         let p = self.ptr(off).cast::<u32>();
         for (i, x) in v.iter().enumerate() {
             // SAFETY: as in `read`.
@@ -206,7 +212,9 @@ impl Alloc {
         }
         let full = (self.len / 64) as usize;
         let rest = self.len % 64;
-        let done = self.init[..full].iter().all(|w| w.load(Relaxed) == u64::MAX)
+        let done = self.init[..full]
+            .iter()
+            .all(|w| w.load(Relaxed) == u64::MAX)
             && (rest == 0 || self.init[full].load(Relaxed) & ((1 << rest) - 1) == (1 << rest) - 1);
         if done {
             self.all_init.store(true, Relaxed);
@@ -249,7 +257,8 @@ impl Memory {
         // A guard of at least one granule, and of as much as the allocation up to 1 MiB: overruns end up in it.
         let guard = PAGE + len.min(1 << 20);
         let n = (len + guard).div_ceil(PAGE);
-        self.pages.extend(std::iter::repeat_n(self.allocs.len() as u32, n as usize));
+        self.pages
+            .extend(std::iter::repeat_n(self.allocs.len() as u32, n as usize));
         self.allocs.push(Alloc::new(base, len, label));
         self.used += len;
         base
@@ -269,8 +278,13 @@ impl Memory {
                 self.used -= a.len;
                 Ok(())
             }
-            Some(i) if self.allocs[i].freed => Err(Error::run(format!("`{}` is freed twice", self.allocs[i].label))),
-            _ => Err(Error::run(format!("free of 0x{addr:x}, where no allocation starts"))),
+            Some(i) if self.allocs[i].freed => Err(Error::run(format!(
+                "`{}` is freed twice",
+                self.allocs[i].label
+            ))),
+            _ => Err(Error::run(format!(
+                "free of 0x{addr:x}, where no allocation starts"
+            ))),
         }
     }
 
@@ -297,7 +311,10 @@ impl Memory {
 
     fn range(&self, addr: u64, len: usize, what: &str) -> Result<(&Alloc, u64)> {
         match self.find(addr) {
-            Some(a) if a.freed => Err(Error::run(format!("{what} of `{}` after it was freed", a.label))),
+            Some(a) if a.freed => Err(Error::run(format!(
+                "{what} of `{}` after it was freed",
+                a.label
+            ))),
             Some(a) if a.holds(addr - a.base, len as u64) => Ok((a, addr - a.base)),
             Some(a) => Err(Error::run(format!(
                 "{what} of {len} bytes at {} of `{}` ({} bytes)",
@@ -305,7 +322,9 @@ impl Memory {
                 a.label,
                 a.len
             ))),
-            None => Err(Error::run(format!("{what} of {len} bytes at 0x{addr:x}, which is no device memory"))),
+            None => Err(Error::run(format!(
+                "{what} of {len} bytes at 0x{addr:x}, which is no device memory"
+            ))),
         }
     }
 
@@ -368,7 +387,9 @@ impl Memory {
     /// The range is not inside one live allocation.
     pub fn first_uninit(&self, addr: u64, len: usize) -> Result<Option<u64>> {
         let (a, off) = self.range(addr, len, "look")?;
-        Ok((off..off + len as u64).find(|&o| !a.is_init(o, 1)).map(|o| o - off))
+        Ok((off..off + len as u64)
+            .find(|&o| !a.is_init(o, 1))
+            .map(|o| o - off))
     }
 
     /// After a launch.

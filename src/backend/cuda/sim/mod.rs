@@ -10,12 +10,17 @@
 //! lanes. Semantics follow the PTX ISA document, version 9.0; approximate instructions give correctly rounded results
 //! or nearly so.
 
+// Lanes are numbered: loops over them index several registers at once.
+#![allow(clippy::needless_range_loop)]
+
 mod alu;
 mod ast;
+mod atomic;
 mod counters;
 mod cvt;
 mod decode;
 mod decode_alu;
+mod decode_flow;
 mod decode_mem;
 mod exec;
 mod fault;

@@ -1,7 +1,7 @@
 //! A loaded module: what PTX text becomes, and its variables in memory.
 
 use super::ast::{Space, Var};
-use super::decode::{Names, Symbol, decode};
+use super::decode::{Names, decode};
 use super::memory::{Alloc, MODULE_BASE};
 use super::parse::parse;
 use super::program::{Param, Program};
@@ -45,7 +45,11 @@ impl Module {
     pub fn parse(ptx: &str) -> Result<Module> {
         let ast = parse(ptx)?;
         let base = MODULE_BASE + (NEXT.fetch_add(1, Ordering::Relaxed) % (1 << 13)) * SPAN;
-        let mut names = Names { symbols: HashMap::new(), funcs: HashMap::new(), shared: 0 };
+        let mut names = Names {
+            symbols: HashMap::new(),
+            funcs: HashMap::new(),
+            shared: 0,
+        };
         let mut at = base;
         let mut place: Vec<(u64, &Var)> = Vec::new();
         let mut dynamic = Vec::new();
@@ -68,7 +72,7 @@ impl Module {
                     a
                 }
             };
-            names.symbols.insert(&v.name, Symbol { space: v.space, addr });
+            names.symbols.insert(&v.name, addr);
         }
         for (i, f) in ast.funcs.iter().filter(|f| !f.prototype).enumerate() {
             names.funcs.insert(&f.name, i as u32);
@@ -79,12 +83,18 @@ impl Module {
             // Dynamic shared memory begins after an entry's static part. Decoding twice finds that size first: the
             // largest of all entries serves for all of them.
             for d in &dynamic {
-                names.symbols.insert(d, Symbol { space: Space::Shared, addr: 0 });
+                names.symbols.insert(d, 0);
             }
             let first = decode(&ast, &names)?;
-            let size = first.funcs.iter().map(|f| f.shared).max().unwrap_or(0).next_multiple_of(1024);
+            let size = first
+                .funcs
+                .iter()
+                .map(|f| f.shared)
+                .max()
+                .unwrap_or(0)
+                .next_multiple_of(1024);
             for d in &dynamic {
-                names.symbols.insert(d, Symbol { space: Space::Shared, addr: u64::from(size) });
+                names.symbols.insert(d, u64::from(size));
             }
             let mut p = decode(&ast, &names)?;
             for f in &mut p.funcs {
@@ -98,11 +108,15 @@ impl Module {
             bytes.resize(v.size as usize, 0);
             for (off, name) in &v.init_addr {
                 let Some(s) = names.symbols.get(name.as_str()) else {
-                    return Err(Error::input(format!("PTX: `{}` holds the address of unknown `{name}`", v.name)));
+                    return Err(Error::input(format!(
+                        "PTX: `{}` holds the address of unknown `{name}`",
+                        v.name
+                    )));
                 };
-                bytes[*off..*off + 8].copy_from_slice(&s.addr.to_le_bytes());
+                bytes[*off..*off + 8].copy_from_slice(&s.to_le_bytes());
             }
-            globals.push(Alloc::new(addr, v.size, &v.name).with_data(&bytes, v.space == Space::Const));
+            globals
+                .push(Alloc::new(addr, v.size, &v.name).with_data(&bytes, v.space == Space::Const));
         }
         let entries = program
             .funcs
@@ -117,7 +131,12 @@ impl Module {
                 max_threads: f.maxntid,
             })
             .collect();
-        Ok(Module { program, entries, globals, base })
+        Ok(Module {
+            program,
+            entries,
+            globals,
+            base,
+        })
     }
 
     /// The kernels, in the order of the text.

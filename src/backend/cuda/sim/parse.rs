@@ -9,7 +9,11 @@ use crate::error::{Error, Result};
 /// # Errors
 /// Text that is not PTX or a directive that is not known; the message names the line.
 pub fn parse(text: &str) -> Result<Ptx> {
-    let mut p = Parser { toks: lex(text)?, at: 0, loc: Loc::default() };
+    let mut p = Parser {
+        toks: lex(text)?,
+        at: 0,
+        loc: Loc::default(),
+    };
     p.module()
 }
 
@@ -29,7 +33,10 @@ impl Parser {
     }
 
     fn line(&self) -> u32 {
-        self.toks.get(self.at).or(self.toks.last()).map_or(0, |t| t.line)
+        self.toks
+            .get(self.at)
+            .or(self.toks.last())
+            .map_or(0, |t| t.line)
     }
 
     fn err<T>(&self, m: impl std::fmt::Display) -> Result<T> {
@@ -100,7 +107,11 @@ impl Parser {
         let neg = self.eat('-');
         let w = self.word()?;
         match literal(&w) {
-            Some(Lit::Int(v)) => Ok(if neg { (v as i64).wrapping_neg() } else { v as i64 }),
+            Some(Lit::Int(v)) => Ok(if neg {
+                (v as i64).wrapping_neg()
+            } else {
+                v as i64
+            }),
             _ => self.err(format!("expected a number, found '{w}'")),
         }
     }
@@ -133,15 +144,17 @@ impl Parser {
                 ".file" => {
                     self.at += 1;
                     let n = self.int()? as u32;
-                    let Tok::Str(name) = self.next()? else { return self.err("expected a file name") };
+                    let Tok::Str(name) = self.next()? else {
+                        return self.err("expected a file name");
+                    };
                     while self.eat(',') {
                         self.int()?;
                     }
                     m.files.push((n, name));
                 }
                 ".section" => self.section()?,
-                ".visible" | ".extern" | ".weak" | ".common" | ".global" | ".const" | ".shared" | ".entry"
-                | ".func" => self.top(&mut m)?,
+                ".visible" | ".extern" | ".weak" | ".common" | ".global" | ".const" | ".shared"
+                | ".entry" | ".func" => self.top(&mut m)?,
                 _ => return self.err(format!("unknown directive '{w}'")),
             }
         }
@@ -223,7 +236,9 @@ impl Parser {
                 ".align" => {
                     self.int()?;
                 }
-                _ if is_directive(&w) => return self.err(format!("unknown directive '{w}' in a declaration")),
+                _ if is_directive(&w) => {
+                    return self.err(format!("unknown directive '{w}' in a declaration"));
+                }
                 _ => break w,
             }
         };
@@ -256,7 +271,15 @@ impl Parser {
         if dynamic && !(external && space == Space::Shared) {
             return self.err(format!("`{name}` has no size"));
         }
-        Ok(Var { name, space, align: align.max(elem.max(1)), size, init, init_addr, dynamic })
+        Ok(Var {
+            name,
+            space,
+            align: align.max(elem.max(1)),
+            size,
+            init,
+            init_addr,
+            dynamic,
+        })
     }
 
     fn init(&mut self, ty: Ty, out: &mut Vec<u8>, addrs: &mut Vec<(usize, String)>) -> Result<()> {
@@ -316,7 +339,9 @@ impl Parser {
                 return self.err("parameters in registers (.reg) are not supported");
             }
             let v = self.var(Space::Param, true)?;
-            f.scopes[0].names.push((v.name.clone(), Decl::Var(f.vars.len())));
+            f.scopes[0]
+                .names
+                .push((v.name.clone(), Decl::Var(f.vars.len())));
             out.push(f.vars.len());
             f.vars.push(v);
             if !self.eat(',') {
@@ -328,7 +353,10 @@ impl Parser {
     }
 
     fn func(&mut self, m: &mut Ptx) -> Result<()> {
-        let mut f = Func { entry: self.word()? == ".entry", line: self.line(), ..Func::default() };
+        let mut f = Func {
+            entry: self.word()? == ".entry",
+            ..Func::default()
+        };
         f.scopes.push(Scope::default());
         if self.peek() == Some(&Tok::P('(')) {
             f.rets = self.params(&mut f)?;
@@ -337,8 +365,7 @@ impl Parser {
         if self.peek() == Some(&Tok::P('(')) {
             f.params = self.params(&mut f)?;
         }
-        loop {
-            let Some(w) = self.peek_word().map(str::to_string) else { break };
+        while let Some(w) = self.peek_word().map(str::to_string) {
             self.at += 1;
             match w.as_str() {
                 ".maxntid" | ".reqntid" => {
@@ -372,7 +399,10 @@ impl Parser {
         self.loc = Loc::default();
         loop {
             if self.eat('{') {
-                f.scopes.push(Scope { parent: Some(scope), ..Scope::default() });
+                f.scopes.push(Scope {
+                    parent: Some(scope),
+                    ..Scope::default()
+                });
                 scope = f.scopes.len() - 1;
                 continue;
             }
@@ -452,7 +482,11 @@ impl Parser {
 
     /// `.loc file line column[, function_name label+n, inlined_at file line column]`.
     fn source_line(&mut self) -> Result<()> {
-        let mut l = Loc { file: self.int()? as u32, line: self.int()? as u32, outer: (0, 0) };
+        let mut l = Loc {
+            file: self.int()? as u32,
+            line: self.int()? as u32,
+            outer: (0, 0),
+        };
         self.int()?;
         while self.eat(',') {
             if self.eat_word("function_name") {
@@ -509,7 +543,14 @@ impl Parser {
             }
             self.expect(';')?;
         }
-        f.body.push(Instr { guard, op, args, line, loc: self.loc, scope });
+        f.body.push(Instr {
+            guard,
+            op,
+            args,
+            line,
+            loc: self.loc,
+            scope,
+        });
         Ok(())
     }
 
@@ -574,7 +615,11 @@ impl Parser {
             let w = self.word()?;
             match literal(&w) {
                 Some(Lit::Int(v)) => {
-                    let v = if neg { (v as i64).wrapping_neg() } else { v as i64 };
+                    let v = if neg {
+                        (v as i64).wrapping_neg()
+                    } else {
+                        v as i64
+                    };
                     off = off.wrapping_add(v.wrapping_mul(sign));
                 }
                 Some(_) => return self.err(format!("'{w}' in an address")),
@@ -605,7 +650,11 @@ pub fn literal(w: &str) -> Option<Lit> {
         "0f" | "0F" if rest.len() == 8 => return hex(rest).map(|v| Lit::F32(v as u32)),
         "0d" | "0D" if rest.len() == 16 => return hex(rest).map(Lit::F64),
         "0x" | "0X" => return hex(rest.trim_end_matches('U')).map(Lit::Int),
-        "0b" | "0B" => return u64::from_str_radix(rest.trim_end_matches('U'), 2).ok().map(Lit::Int),
+        "0b" | "0B" => {
+            return u64::from_str_radix(rest.trim_end_matches('U'), 2)
+                .ok()
+                .map(Lit::Int);
+        }
         _ => {}
     }
     let digits = w.trim_end_matches('U');

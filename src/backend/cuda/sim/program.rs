@@ -271,16 +271,39 @@ pub enum Op {
     Alu(Alu),
     Pred(PredOp),
     /// Compares `a` and `b`; `d` and `q` are predicates, joined with predicate `c` (negated by `flag`).
-    Setp { cmp: Cmp, join: Option<BoolOp>, q: u32 },
+    Setp {
+        cmp: Cmp,
+        join: Option<BoolOp>,
+        q: u32,
+    },
     /// `d = clock`, of 32 or 64 bits.
     Clock,
     ActiveMask,
-    Shfl { mode: Shfl, pred: u32, mask: Slot },
-    Vote { mode: Vote, neg: bool, mask: Slot },
-    MatchAny { mask: Slot },
-    MatchAll { pred: u32, mask: Slot },
-    Redux { op: AtomOp, mask: Slot },
-    Elect { pred: u32, mask: Slot },
+    Shfl {
+        mode: Shfl,
+        pred: u32,
+        mask: Slot,
+    },
+    Vote {
+        mode: Vote,
+        neg: bool,
+        mask: Slot,
+    },
+    MatchAny {
+        mask: Slot,
+    },
+    MatchAll {
+        pred: u32,
+        mask: Slot,
+    },
+    Redux {
+        op: AtomOp,
+        mask: Slot,
+    },
+    Elect {
+        pred: u32,
+        mask: Slot,
+    },
     /// Kernel parameters at a fixed offset: the same for every lane.
     LdParam(Box<Access>),
     Ld(Box<Access>),
@@ -295,12 +318,18 @@ pub enum Op {
     StMatrix(Box<Matrix>),
     Mma(Box<Mma>),
     Bar(Box<Barrier>),
-    WarpSync { mask: Slot },
+    WarpSync {
+        mask: Slot,
+    },
     /// Fences and prefetches: order is the interpreter's anyway.
     Fence,
     Nop,
-    Bra { target: u32 },
-    BrxIdx { targets: Box<[u32]> },
+    Bra {
+        target: u32,
+    },
+    BrxIdx {
+        targets: Box<[u32]>,
+    },
     Call(Box<Call>),
     Ret,
     Exit,
@@ -469,14 +498,23 @@ impl Inst {
         };
         match &self.op {
             Op::Alu(a) => match a {
-                Alu::Mov | Alu::Selp | Alu::Slct | Alu::Pack32 | Alu::Pack64 | Alu::Unpack32 | Alu::Unpack64 => {
-                    Class::Move
-                }
+                Alu::Mov
+                | Alu::Selp
+                | Alu::Slct
+                | Alu::Pack32
+                | Alu::Pack64
+                | Alu::Unpack32
+                | Alu::Unpack64 => Class::Move,
                 Alu::Cvt | Alu::CvtPack => Class::Convert,
                 Alu::Set(_) => Class::Compare,
-                Alu::Rcp | Alu::Sqrt | Alu::Rsqrt | Alu::Ex2 | Alu::Lg2 | Alu::Sin | Alu::Cos | Alu::Tanh => {
-                    Class::Special
-                }
+                Alu::Rcp
+                | Alu::Sqrt
+                | Alu::Rsqrt
+                | Alu::Ex2
+                | Alu::Lg2
+                | Alu::Sin
+                | Alu::Cos
+                | Alu::Tanh => Class::Special,
                 Alu::Div if self.ty.float() => Class::Special,
                 _ => by_type(self.ty),
             },
@@ -496,7 +534,9 @@ impl Inst {
             Op::LdMatrix(_) | Op::StMatrix(_) => Class::Matrix,
             Op::Mma(_) => Class::Tensor,
             Op::Bar(_) | Op::WarpSync { .. } | Op::Fence => Class::Barrier,
-            Op::Bra { .. } | Op::BrxIdx { .. } | Op::Call(_) | Op::Ret | Op::Exit | Op::Trap => Class::Control,
+            Op::Bra { .. } | Op::BrxIdx { .. } | Op::Call(_) | Op::Ret | Op::Exit | Op::Trap => {
+                Class::Control
+            }
         }
     }
 }

@@ -76,7 +76,11 @@ impl Shared {
             init: vec![0; words.div_ceil(16)],
             flight: vec![0; words.div_ceil(16)],
             flights: 0,
-            cells: if checks { vec![Cell::default(); words] } else { Vec::new() },
+            cells: if checks {
+                vec![Cell::default(); words]
+            } else {
+                Vec::new()
+            },
             start: 0,
             known: vec![[0; 32]; warps],
             len,
@@ -89,7 +93,10 @@ impl Shared {
         self.init.fill(0);
         self.flight.fill(0);
         self.flights = 0;
-        let last = (0..self.known.len()).map(|w| self.known[w][w]).max().unwrap_or(0);
+        let last = (0..self.known.len())
+            .map(|w| self.known[w][w])
+            .max()
+            .unwrap_or(0);
         if last > 1 << 30 {
             self.cells.fill(Cell::default());
             self.start = 1;
@@ -127,12 +134,6 @@ impl Shared {
         }
     }
 
-    /// A row of words, for fast whole-warp accesses.
-    #[inline]
-    pub fn words(&mut self, at: u32, n: usize) -> &mut [u32] {
-        &mut self.data[(at / 4) as usize..][..n]
-    }
-
     /// Whether `n` <= 16 bytes at `at`, aligned to `n`, are written.
     #[inline]
     pub fn is_init(&self, at: u32, n: u32) -> bool {
@@ -165,7 +166,14 @@ impl Shared {
     }
 
     #[inline]
-    fn unordered(known: &[[u32; 32]], start: u32, rec: &Rec, who: &Who, lane: u32, bytes: u32) -> bool {
+    fn unordered(
+        known: &[[u32; 32]],
+        start: u32,
+        rec: &Rec,
+        who: &Who,
+        lane: u32,
+        bytes: u32,
+    ) -> bool {
         if rec.epoch < start || rec.pc_bytes & bytes == 0 {
             return false;
         }
@@ -193,17 +201,39 @@ impl Shared {
 
     fn race(rec: &Rec, who: &Who, write: bool) -> Race {
         let other = rec.warps & !(1 << who.warp);
-        let warp = if other != 0 { other.trailing_zeros() } else { who.warp };
+        let warp = if other != 0 {
+            other.trailing_zeros()
+        } else {
+            who.warp
+        };
         let lane = rec.sub_lane & 63;
-        Race { write, warp, lane: (lane < 32).then_some(lane), pc: rec.pc_bytes >> 5 }
+        Race {
+            write,
+            warp,
+            lane: (lane < 32).then_some(lane),
+            pc: rec.pc_bytes >> 5,
+        }
     }
 
-    fn record(rec: &mut Rec, epoch: u32, who: &Who, lane: u32, bytes: u32, atomic: bool, keep: bool) {
+    fn record(
+        rec: &mut Rec,
+        epoch: u32,
+        who: &Who,
+        lane: u32,
+        bytes: u32,
+        atomic: bool,
+        keep: bool,
+    ) {
         let sub_lane = who.sub << 6 | lane;
         let me = 1u32 << who.warp;
         let pc_bytes = who.pc << 5 | u32::from(atomic) << 4 | bytes;
         if rec.epoch != epoch {
-            *rec = Rec { epoch, warps: me, sub_lane, pc_bytes };
+            *rec = Rec {
+                epoch,
+                warps: me,
+                sub_lane,
+                pc_bytes,
+            };
             return;
         }
         let same_sub = rec.warps == me && rec.sub_lane >> 6 == sub_lane >> 6;
@@ -220,7 +250,12 @@ impl Shared {
             rec.sub_lane = who.sub << 6 | l;
             rec.pc_bytes = pc_bytes | rec.pc_bytes & 15;
         } else {
-            *rec = Rec { epoch, warps: me, sub_lane, pc_bytes };
+            *rec = Rec {
+                epoch,
+                warps: me,
+                sub_lane,
+                pc_bytes,
+            };
         }
     }
 
@@ -232,7 +267,9 @@ impl Shared {
         }
         let lane = if lane == NONE { MANY } else { lane };
         let c = &mut self.cells[word as usize];
-        if c.w.epoch >= self.start && Self::unordered(&self.known, self.start, &c.w, who, lane, bytes) {
+        if c.w.epoch >= self.start
+            && Self::unordered(&self.known, self.start, &c.w, who, lane, bytes)
+        {
             return Some(Self::race(&c.w, who, true));
         }
         let epoch = self.known[who.warp as usize][who.warp as usize];
@@ -242,12 +279,21 @@ impl Shared {
 
     /// Records that `lane` writes `bytes` (a mask) of a word.
     #[inline]
-    pub fn note_write(&mut self, word: u32, bytes: u32, lane: u32, who: &Who, atomic: bool) -> Option<Race> {
+    pub fn note_write(
+        &mut self,
+        word: u32,
+        bytes: u32,
+        lane: u32,
+        who: &Who,
+        atomic: bool,
+    ) -> Option<Race> {
         if !self.checks {
             return None;
         }
         let c = &mut self.cells[word as usize];
-        if c.r.epoch >= self.start && Self::unordered(&self.known, self.start, &c.r, who, lane, bytes) {
+        if c.r.epoch >= self.start
+            && Self::unordered(&self.known, self.start, &c.r, who, lane, bytes)
+        {
             return Some(Self::race(&c.r, who, false));
         }
         let both_atomic = atomic && (c.w.pc_bytes >> 4) & 1 == 1;

@@ -28,7 +28,10 @@ impl Block<'_> {
             op => {
                 if m != u32::MAX {
                     let missing = first(!m);
-                    return fail(first(m), format!("lane {missing} is not active in an instruction of the whole warp"));
+                    return fail(
+                        first(m),
+                        format!("lane {missing} is not active in an instruction of the whole warp"),
+                    );
                 }
                 match op {
                     Op::Mma(x) => mma(&mut self.warps[wi], x),
@@ -62,7 +65,10 @@ impl Block<'_> {
                 s => self.warps[wi].r(s)[l],
             };
             if size > n {
-                return fail(l as u32, format!("cp.async reads {size} bytes for a copy of {n}"));
+                return fail(
+                    l as u32,
+                    format!("cp.async reads {size} bytes for a copy of {n}"),
+                );
             }
             let at = dst[l] as u32;
             for (what, x) in [("destination", dst[l]), ("source", src[l])] {
@@ -134,7 +140,9 @@ impl Block<'_> {
                 // The write happens now, for this thread; others need a barrier from here on. It was checked at issue.
                 let who = self.who(wi, f.pc);
                 for k in 0..n / 4 {
-                    let _ = self.shared.note_write(f.dst / 4 + k, 15, u32::from(f.lane), &who, false);
+                    let _ =
+                        self.shared
+                            .note_write(f.dst / 4 + k, 15, u32::from(f.lane), &who, false);
                 }
             }
         }
@@ -150,14 +158,24 @@ impl Block<'_> {
             if s < super::memory::WINDOW_SIZE { s } else { a }
         });
         let rows = 8 * usize::from(x.num);
-        let m = if rows == 32 { u32::MAX } else { (1u32 << rows) - 1 };
+        let m = if rows == 32 {
+            u32::MAX
+        } else {
+            (1u32 << rows) - 1
+        };
         for a in &mut addr[rows..] {
             *a = 0;
         }
         let what = if load { "ldmatrix" } else { "stmatrix" };
         self.shared_bounds(m, &addr, 16, what)?;
-        if let Some(l) = (0..rows).find(|&l| addr[l] % 16 != 0) {
-            return fail(l as u32, format!("misaligned {what}: the row at {} is not aligned to 16 bytes", addr[l]));
+        if let Some(l) = (0..rows).find(|&l| !addr[l].is_multiple_of(16)) {
+            return fail(
+                l as u32,
+                format!(
+                    "misaligned {what}: the row at {} is not aligned to 16 bytes",
+                    addr[l]
+                ),
+            );
         }
         self.count_shared(pc, &addr, m, 16);
         if self.g.checks {
@@ -185,7 +203,11 @@ impl Block<'_> {
                 let d = self.warps[wi].r_mut(reg);
                 for (l, d) in d.iter_mut().enumerate() {
                     let (r, c) = (l / 4, 2 * (l % 4));
-                    let (a, b) = if x.trans { (mat[c][r], mat[c + 1][r]) } else { (mat[r][c], mat[r][c + 1]) };
+                    let (a, b) = if x.trans {
+                        (mat[c][r], mat[c + 1][r])
+                    } else {
+                        (mat[r][c], mat[r][c + 1])
+                    };
                     *d = u32::from(a) | u32::from(b) << 16;
                 }
             } else {
@@ -201,7 +223,8 @@ impl Block<'_> {
                 for (r, row) in mat.iter().enumerate() {
                     let at = addr[8 * q + r] as u32;
                     for k in 0..4 {
-                        let v = u32::from(row[2 * k as usize]) | u32::from(row[2 * k as usize + 1]) << 16;
+                        let v = u32::from(row[2 * k as usize])
+                            | u32::from(row[2 * k as usize + 1]) << 16;
                         self.shared.write(at + 4 * k, 4, v);
                     }
                 }
@@ -254,7 +277,13 @@ fn mma_any(w: &mut Warp, x: &Mma) {
         }
     } else {
         let bf = x.ty == Ty::Bf16;
-        let f = |v: u32| f64::from(if bf { fl::from_bf16(v & 0xffff) } else { fl::from_f16(v & 0xffff) });
+        let f = |v: u32| {
+            f64::from(if bf {
+                fl::from_bf16(v & 0xffff)
+            } else {
+                fl::from_f16(v & 0xffff)
+            })
+        };
         for r in 0..k / 4 {
             let v = w.r(x.a[r]);
             let (row, col) = (8 * (r % 2), 8 * (r / 2));

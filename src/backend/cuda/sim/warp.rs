@@ -96,7 +96,8 @@ impl Warp {
     pub fn r64(&self, s: Slot) -> &R64 {
         let i = self.base + s as usize;
         let v: &[u64] = bytemuck::cast_slice(&self.regs[i..i + 2]);
-        v.try_into().expect("two registers of 32 words are 32 double words")
+        v.try_into()
+            .expect("two registers of 32 words are 32 double words")
     }
 
     /// The 64-bit register at `s`, to write.
@@ -104,7 +105,8 @@ impl Warp {
     pub fn r64_mut(&mut self, s: Slot) -> &mut R64 {
         let i = self.base + s as usize;
         let v: &mut [u64] = bytemuck::cast_slice_mut(&mut self.regs[i..i + 2]);
-        v.try_into().expect("two registers of 32 words are 32 double words")
+        v.try_into()
+            .expect("two registers of 32 words are 32 double words")
     }
 
     /// Writes the lanes in `m`.
@@ -149,14 +151,23 @@ impl Warp {
     }
 
     /// Makes room for a function's registers above the present ones and enters it.
-    pub fn push_frame(&mut self, f: &Function, call_pc: u32, specials: impl Fn(&Warp, super::program::Special) -> R32) {
+    pub fn push_frame(
+        &mut self,
+        f: &Function,
+        call_pc: u32,
+        specials: impl Fn(&Warp, super::program::Special) -> R32,
+    ) {
         let (base, pred_base) = match self.frames.last() {
             None => (0, 0),
             Some(_) => (self.regs.len(), self.preds.len()),
         };
         self.regs.resize(base + f.slots as usize, V([0; 32]));
         self.preds.resize(pred_base + f.preds as usize, 0);
-        self.frames.push(Frame { base: base as u32, pred_base: pred_base as u32, call_pc });
+        self.frames.push(Frame {
+            base: base as u32,
+            pred_base: pred_base as u32,
+            call_pc,
+        });
         (self.base, self.pred_base) = (base, pred_base);
         for &(s, v, wide) in &f.consts {
             if wide {
