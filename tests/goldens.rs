@@ -19,6 +19,14 @@ const GOLDENS: &[(&str, &str)] = &[
     ("vit_b_16", "vit_b_16"),
     ("hf_vit_base_patch16_224", "vit_base_patch16_224"),
     ("hf_dinov2_small", "dinov2_small"),
+    (
+        "hf_swin_tiny_patch4_window7_224",
+        "swin_tiny_patch4_window7_224",
+    ),
+    (
+        "timm_swin_tiny_patch4_window7_224",
+        "swin_tiny_patch4_window7_224",
+    ),
 ];
 
 /// The folder of goldens; absent outside this project's own machines.
@@ -107,6 +115,7 @@ fn tap_of(feature: &str) -> Option<String> {
         "embed" => Some("stem".into()),
         "stem" | "norm" => Some(feature.into()),
         _ if feature.starts_with("layer") => Some(feature.into()),
+        _ if feature.starts_with("stage") => Some(format!("stages.{}", &feature[5..])),
         _ => Some(format!("blocks.{}", feature.strip_prefix("block")?)),
     }
 }

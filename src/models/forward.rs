@@ -5,12 +5,15 @@ use super::session::{Session, SessionOptions};
 use crate::backend::Backend;
 use crate::graph::Layout;
 use crate::weights::load::{from_torch, to_torch};
-use crate::weights::{SaveTensor, WeightFile};
+use crate::weights::{Naming, SaveTensor, WeightFile};
 use crate::{Error, Result};
 
-/// `[N, H, W, C]` as PyTorch's `[N, C, H, W]`, others as they are: (shape, elements).
-fn torch_order(shape: &[usize], data: Vec<f32>) -> (Vec<usize>, Vec<f32>) {
+/// A map `[N, H, W, C]` in the library's order, others as they are: (shape, elements). PyTorch's is `[N, C, H, W]`, but
+/// Swin's maps are `[N, H, W, C]` in torchvision and timm, and `[N, H * W, C]` in Hugging Face.
+fn torch_order(naming: Naming, shape: &[usize], data: Vec<f32>) -> (Vec<usize>, Vec<f32>) {
     match *shape {
+        [n, h, w, c] if naming == Naming::HfSwin => (vec![n, h * w, c], data),
+        [n, h, w, c] if naming.is_swin() => (vec![n, h, w, c], data),
         [n, h, w, c] => (vec![n, c, h, w], to_torch(data, shape, Layout::Ohwi)),
         _ => (shape.to_vec(), data),
     }
@@ -83,7 +86,8 @@ pub fn forward(
     let mut out = vec![SaveTensor::f32(name, &[n, session.outputs()], output)];
     for ((name, mut shape), data) in taps.into_iter().zip(tapped) {
         shape[0] = n;
-        let (shape, data) = torch_order(&shape, data);
+        let naming = session.names().scheme.naming;
+        let (shape, data) = torch_order(naming, &shape, data);
         out.push(SaveTensor::f32(name, &shape, data));
     }
     Ok(out)

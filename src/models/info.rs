@@ -48,7 +48,7 @@ pub struct Info {
 
 /// Whether a table of multiply-adds counts this op.
 fn counted(op: &str) -> bool {
-    ["conv2d", "linear", "attention"].contains(&op)
+    ["conv2d", "linear", "attention", "window_attention"].contains(&op)
 }
 
 /// The layers of the forward nodes of `graph`.

@@ -12,6 +12,7 @@ pub mod info;
 pub mod init;
 pub mod resnet;
 pub mod session;
+pub mod swin;
 pub mod vit;
 
 use crate::data::{IMAGENET_MEAN, IMAGENET_STD, Interpolation, Preprocess, ResizeMode};
@@ -21,6 +22,7 @@ use crate::{Error, Result};
 use cifar_resnet::CifarResNet;
 use cnn_whiten::CnnWhiten;
 use resnet::ResNet;
+use swin::Swin;
 use vit::Vit;
 
 /// Convolutional or transformer.
@@ -73,6 +75,8 @@ pub enum Arch {
     CnnWhiten(CnnWhiten),
     /// Vision transformer.
     Vit(Vit),
+    /// Vision transformer with shifted windows.
+    Swin(Swin),
 }
 
 /// A network that can be built, with its defaults.
@@ -105,7 +109,7 @@ impl Model {
     /// Convolutional or transformer.
     pub fn family(&self) -> Family {
         match self.arch {
-            Arch::Vit(_) => Family::Vit,
+            Arch::Vit(_) | Arch::Swin(_) => Family::Vit,
             _ => Family::Cnn,
         }
     }
@@ -118,6 +122,9 @@ impl Model {
             std: IMAGENET_STD,
             ..Preprocess::new(size as u32)
         };
+        if let Arch::Swin(net) = &self.arch {
+            return swin_preprocess(net, naming, plain);
+        }
         let Arch::Vit(net) = &self.arch else {
             let crop_ratio = match self.arch {
                 Arch::ResNet(_) if size > 64 => 0.875,
@@ -190,7 +197,7 @@ impl Model {
             Err(Error::input(format!("{} has no {what} layers", self.id)))
         };
         let classes = options.classes.unwrap_or(self.classes);
-        if !matches!(self.arch, Arch::Vit(_)) {
+        if self.family() != Family::Vit {
             refuse("drop path", options.drop_path)?;
         }
         match &self.arch {
@@ -204,6 +211,7 @@ impl Model {
             }
             Arch::CnnWhiten(net) => net.build(g, x, classes, options),
             Arch::Vit(net) => net.build(g, x, classes, options),
+            Arch::Swin(net) => net.build(g, x, classes, options),
         }
         .map_err(|e| e.context(&self.id))
     }
@@ -241,6 +249,37 @@ impl Model {
     }
 }
 
+/// What the usual weights of a Swin transformer were trained on.
+fn swin_preprocess(net: &Swin, naming: Option<Naming>, plain: Preprocess) -> Preprocess {
+    let bicubic = Preprocess {
+        interpolation: Interpolation::Bicubic,
+        ..plain
+    };
+    match naming {
+        // torchvision's weights: resized to 232 (tiny), 246 (small), 238 (base), each for 224.
+        Some(Naming::TorchvisionSwin) => {
+            let side = match (net.dim, net.depths[2]) {
+                (96, 6) => 232.0,
+                (96, _) => 246.0,
+                _ => 238.0,
+            };
+            Preprocess {
+                crop_ratio: 224.0 / side,
+                ..bicubic
+            }
+        }
+        // ViTImageProcessor resizes both sides and cuts nothing off.
+        Some(Naming::HfSwin) => Preprocess {
+            resize_mode: ResizeMode::Squash,
+            ..bicubic
+        },
+        _ => Preprocess {
+            crop_ratio: if plain.size > 224 { 1.0 } else { 0.9 },
+            ..bicubic
+        },
+    }
+}
+
 /// The ids that `models` lists, by family. [`find`] knows more: any patch and image size, and spec strings.
 pub const IDS: &[&str] = &[
     "resnet18",
@@ -269,6 +308,12 @@ pub const IDS: &[&str] = &[
     "dinov2_small",
     "dinov2_base",
     "dinov2_large",
+    "swin_tiny_patch4_window7_224",
+    "swin_small_patch4_window7_224",
+    "swin_base_patch4_window7_224",
+    "swin_base_patch4_window12_384",
+    "swin_large_patch4_window7_224",
+    "swin_large_patch4_window12_384",
     "vit_p4_e128_d6",
     "vit_p4_e128_d6_h4",
 ];
@@ -283,6 +328,9 @@ pub const ALIASES: &[(&str, &str)] = &[
     ("vit_small_patch14_dinov2", "dinov2_small"),
     ("vit_base_patch14_dinov2", "dinov2_base"),
     ("vit_large_patch14_dinov2", "dinov2_large"),
+    ("swin_t", "swin_tiny_patch4_window7_224"),
+    ("swin_s", "swin_small_patch4_window7_224"),
+    ("swin_b", "swin_base_patch4_window7_224"),
     ("resnet_18", "resnet18"),
     ("resnet_34", "resnet34"),
     ("resnet_50", "resnet50"),
@@ -321,6 +369,7 @@ pub fn find(name: &str) -> Result<Model> {
         .or_else(|| cifar_resnet::find(id))
         .or_else(|| cnn_whiten::find(id))
         .or_else(|| vit::find(id))
+        .or_else(|| swin::find(id))
         .ok_or_else(|| unknown(name, &plain))
 }
 

@@ -19,10 +19,13 @@ pub mod linear;
 pub mod loss;
 pub mod max_pool;
 pub mod optim;
+pub mod pad2d;
+pub mod patch_merge;
 pub mod random;
 pub mod reference;
 pub mod subsample;
 pub mod tokens;
+pub mod window_attention;
 
 use crate::backend::cpu::{CpuCx, CpuKernel};
 use crate::backend::cuda::CudaCx;
@@ -169,6 +172,9 @@ pub const ROOMS: &[&Room] = &[
     &tokens::EMBED,
     &tokens::SELECT,
     &attention::ROOM,
+    &window_attention::ROOM,
+    &patch_merge::ROOM,
+    &pad2d::ROOM,
     &batch_norm::ROOM,
     &batch_norm::eval::ROOM,
     &batch_norm::fold::ROOM,

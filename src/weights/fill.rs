@@ -4,6 +4,7 @@
 //! `seed(name)` is FNV-1a (64 bit) of the name, element `i` takes splitmix64's output `i` from that seed, its top 24
 //! bits give `u` in [-1, 1), and the leaf of the name sets the scale ([`fill`]). All in float64, rounded once.
 
+use super::naming::relative_position_index;
 use super::save::{FloatFormat, SaveTensor, save};
 use crate::{Error, Result};
 use std::collections::BTreeMap;
@@ -77,17 +78,6 @@ pub fn probe(name: &str, n: usize) -> Vec<f64> {
     uniform(&format!("probe:{name}")).take(n).collect()
 }
 
-/// Swin's `relative_position_index` of a window of `side`: `[side^2, side^2]`, row-major (Liu et al. 2021, eq. 4).
-fn relative_position_index(side: usize) -> Vec<i64> {
-    let n = side * side;
-    let cell = |i: usize, j: usize| {
-        let rows = i / side + side - 1 - j / side;
-        let columns = i % side + side - 1 - j % side;
-        (rows * (2 * side - 1) + columns) as i64
-    };
-    (0..n * n).map(|k| cell(k / n, k % n)).collect()
-}
-
 /// Writes the filled weight file of the network whose state dict `names` lists, a line an entry: name, tab, shape
 /// (`64x3x7x7` or `scalar`), tab, dtype (`float32`, `int64`).
 ///
@@ -121,7 +111,9 @@ fn filled_tensor(line: &str) -> Option<SaveTensor<'_>> {
     match dtype {
         "float32" => Some(SaveTensor::f32(name, &shape, fill(name, &shape))),
         "int64" if name.ends_with("relative_position_index") => {
-            let index = relative_position_index(shape.first()?.isqrt());
+            // [T, T] of Hugging Face, [T * T] of torchvision.
+            let cells: usize = shape.iter().product();
+            let index = relative_position_index(cells.isqrt().isqrt());
             Some(SaveTensor::i64(name, &shape, index))
         }
         "int64" => Some(SaveTensor::i64(

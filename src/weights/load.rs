@@ -1,10 +1,10 @@
 //! From a weight file to a model's parameters and back: names, layouts, position tables, and one message for
 //! everything that does not fit.
 
-use super::naming::{Naming, Scheme, is_classifier};
+use super::naming::{Naming, Scheme, is_classifier, relative_position_index, window_of};
 use super::{FloatFormat, SaveTensor, WeightFile, save};
 use crate::graph::{Graph, Layout};
-use crate::models::{Arch, Family, Model, resnet::Block};
+use crate::models::{Arch, Family, Model, resnet::Block, swin};
 use crate::ops::tokens::{Interpolation, interpolate_pos};
 use crate::{Error, Result};
 use std::collections::{BTreeMap, HashSet};
@@ -28,6 +28,8 @@ enum Source {
     Entries,
     /// The file's position table of a square grid of this side, fitted to the network's grid.
     Positions(usize, (usize, usize), Interpolation),
+    /// The file's relative position table of another window, of this side, fitted to the network's.
+    Relative(usize),
 }
 
 /// What a file has for a network; it fits. The values themselves are read one by one, so that no second copy of all
@@ -66,6 +68,14 @@ impl Loaded {
                 let table = file.read_f32(&self.names.entries[i][0])?;
                 interpolate_pos(&table, (side, side), grid, shape[2], 1, mode).map(Some)
             }
+            Source::Relative(side) => {
+                let table = file.read_f32(&self.names.entries[i][0])?;
+                let across = |side: usize| (2 * side - 1, 2 * side - 1);
+                let to = across(window_of(shape[0]).unwrap_or(1));
+                // As the paper's code and timm's `resize_rel_pos_bias_table_simple`.
+                let mode = Interpolation::Bicubic;
+                interpolate_pos(&table, across(side), to, shape[1], 0, mode).map(Some)
+            }
         }
     }
 }
@@ -79,6 +89,8 @@ pub struct FileNames {
     pub entries: Vec<Vec<String>>,
     /// Floating-point entries that the network does not use, kept for saving (a mask token, a pooler).
     pub extra: Vec<(String, Vec<usize>, Vec<f32>)>,
+    /// A `relative_position_index` stands beside each relative position table of a Swin.
+    pub indices: bool,
 }
 
 /// `shape` in PyTorch's axis order.
@@ -131,6 +143,7 @@ pub fn load(
     let found = identify(file);
     let scheme = Scheme::of(file)
         .filter(|s| s.naming.family() == model.family())
+        .filter(|s| s.naming.is_swin() == matches!(model.arch, Arch::Swin(_)))
         .ok_or_else(|| {
             let what = match &found {
                 Some(f) => format!("it looks like {f}"),
@@ -169,7 +182,9 @@ pub fn load(
                 .missing
                 .extend(pieces.iter().filter(|n| !file.has(n)).cloned());
         } else {
-            source = match fit_positions(file, &scheme, &p.name, shape, options.grid) {
+            let fitted = fit_positions(file, &scheme, &p.name, shape, options.grid)
+                .or_else(|| fit_relative(file, &pieces[0], shape));
+            source = match fitted {
                 Some(fitted) => fitted,
                 None => {
                     let wanted = torch_shape(shape, p.layout);
@@ -183,8 +198,12 @@ pub fn load(
     }
     let headless = !has_head || options.replace_head;
     let mut extra = vec![];
+    let mut indices = false;
     for e in file.entries().iter().filter(|e| !used.contains(&e.name)) {
-        if !scheme.may_skip(&e.name, headless) {
+        if e.name.ends_with(".relative_position_index") && scheme.naming.is_swin() {
+            indices = true;
+            check_index(file, e, &mut misfits)?;
+        } else if !scheme.may_skip(&e.name, headless) {
             misfits.unexpected.push(e.name.clone());
         } else if e.is_float() && !scheme.is_classifier_entry(&e.name) {
             extra.push((e.name.clone(), e.shape.clone(), file.read_f32(&e.name)?));
@@ -197,8 +216,38 @@ pub fn load(
             scheme,
             entries,
             extra,
+            indices,
         },
     })
+}
+
+/// The relative position table's source, where the file's is of another window.
+fn fit_relative(file: &WeightFile, entry: &str, shape: &[usize]) -> Option<Source> {
+    let name = entry.ends_with(".relative_position_bias_table");
+    let &[entries, heads] = file.get(entry)?.shape.as_slice() else {
+        return None;
+    };
+    if !name || heads != shape[1] || entries == shape[0] {
+        return None;
+    }
+    window_of(entries).map(Source::Relative)
+}
+
+/// Holds a file's `relative_position_index` against the one of the window of the table beside it.
+fn check_index(file: &WeightFile, e: &super::Entry, misfits: &mut Misfits) -> Result<()> {
+    let table = e.name.replace("position_index", "position_bias_table");
+    let side = file
+        .get(&table)
+        .and_then(|t| window_of(*t.shape.first()?))
+        .filter(|side| e.numel() == side.pow(4) && e.is_integer());
+    match side {
+        Some(side) if file.read_i64(&e.name)? == relative_position_index(side) => {}
+        _ => misfits.misshapen.push(format!(
+            "{} does not hold the relative positions of the window that {table} is for",
+            e.name
+        )),
+    }
+    Ok(())
 }
 
 /// The position table's source, where the file's is of another grid and can be fitted to the network's.
@@ -334,6 +383,7 @@ impl FileNames {
             scheme,
             entries,
             extra,
+            indices: naming.keeps_index(),
         }
     }
 
@@ -364,6 +414,7 @@ impl FileNames {
         let mut out = vec![];
         for (i, v) in values.into_iter().enumerate() {
             out.extend(self.tensors(graph, i, v));
+            out.extend(self.index(graph, i));
             if let Some(norm) = self.entries[i][0].strip_suffix("running_var") {
                 out.push(SaveTensor::i64(
                     format!("{norm}num_batches_tracked"),
@@ -376,6 +427,20 @@ impl FileNames {
             out.push(SaveTensor::f32(name.clone(), shape, data.clone()));
         }
         out
+    }
+
+    /// The `relative_position_index` beside the relative position table `i`, where the file has such.
+    fn index(&self, graph: &Graph, i: usize) -> Option<SaveTensor<'static>> {
+        let before = self.entries[i][0].strip_suffix("bias_table");
+        let side = window_of(graph.shape(graph.params[i].tid)[0]);
+        let (before, side) = before.filter(|_| self.indices).zip(side)?;
+        let tokens = side * side;
+        let shape = match self.scheme.naming {
+            Naming::TorchvisionSwin => vec![tokens * tokens],
+            _ => vec![tokens, tokens],
+        };
+        let index = relative_position_index(side);
+        Some(SaveTensor::i64(format!("{before}index"), &shape, index))
     }
 
     /// Writes [`export`](Self::export) to `path`, whole or not at all.
@@ -403,6 +468,7 @@ impl Model {
             Arch::CnnWhiten(_) => Naming::Own,
             Arch::Vit(v) if v.start == crate::models::vit::Start::Torch => Naming::Torch,
             Arch::Vit(_) => Naming::Timm,
+            Arch::Swin(_) => Naming::TimmSwin,
         }
     }
 }
@@ -418,16 +484,15 @@ pub fn classes_of(file: &WeightFile) -> Option<usize> {
 
 /// What network a file seems to hold, for people: `vit_base_patch16 of timm (12 blocks of width 768, 1000 classes)`.
 pub fn identify(file: &WeightFile) -> Option<String> {
-    let has = |text: &str| file.entries().iter().any(|e| e.name.contains(text));
-    if has("relative_position_bias_table") {
-        return Some("a Swin transformer".into());
-    }
     let scheme = Scheme::of(file)?;
     let library = scheme.naming.library();
     let classes = match scheme.classifier(file) {
         Some(e) => format!("{} classes", e.shape.first()?),
         None => "no classifier".into(),
     };
+    if scheme.naming.is_swin() {
+        return identify_swin(file, &scheme, &classes);
+    }
     if scheme.naming.family() == Family::Vit {
         let &[dim, _, patch, _] = scheme
             .entry(file, "patch_embed.proj.weight")?
@@ -475,6 +540,30 @@ pub fn identify(file: &WeightFile) -> Option<String> {
     };
     Some(format!(
         "{name} of {library} (stages of {stages:?} blocks, {classes})"
+    ))
+}
+
+/// [`identify`] for a Swin transformer.
+fn identify_swin(file: &WeightFile, scheme: &Scheme, classes: &str) -> Option<String> {
+    let block = |s: usize, b: usize| format!("layers.{s}.blocks.{b}");
+    let stage = |s| scheme.count(file, |b| format!("{}.norm1.weight", block(s, b)));
+    let depths: [usize; 4] = std::array::from_fn(stage);
+    let dim = *scheme
+        .entry(file, "patch_embed.proj.weight")?
+        .shape
+        .first()?;
+    let table = format!("{}.attn.relative_position_bias_table", block(0, 0));
+    let window = window_of(*scheme.entry(file, &table)?.shape.first()?)?;
+    let known = swin::SIZES
+        .iter()
+        .find(|s| (s.1.dim, s.1.depths) == (dim, depths));
+    let name = match known {
+        Some((size, _)) => format!("swin_{size}_patch4_window{window}"),
+        None => format!("a Swin transformer with windows of {window}"),
+    };
+    let library = scheme.naming.library();
+    Some(format!(
+        "{name} of {library} (stages of {depths:?} blocks, {classes})"
     ))
 }
 

@@ -43,6 +43,7 @@ fn fails(model: &Model, net: &Net, file: &WeightFile) -> String {
 #[test]
 fn every_naming_gives_back_what_was_saved() {
     const VIT: &str = "vit:patch=4,dim=24,depth=2,heads=3,mlp=2";
+    const SWIN: &str = "swin_tiny_patch4_window2_64";
     for (id, naming) in [
         ("resnet18", Naming::TorchvisionResnet),
         ("resnet18", Naming::HfResnet),
@@ -54,6 +55,10 @@ fn every_naming_gives_back_what_was_saved() {
         (VIT, Naming::HfVit),
         (VIT, Naming::Torch),
         ("vit:patch=4,dim=24,depth=2,heads=3,ls=1", Naming::HfDinov2),
+        (SWIN, Naming::TimmSwin),
+        (SWIN, Naming::TorchvisionSwin),
+        (SWIN, Naming::HfSwin),
+        (SWIN, Naming::MicrosoftSwin),
     ] {
         let (model, net) = net(id, 5);
         let values = initial(&net.graph, 1);

@@ -4,8 +4,11 @@
 //! a file. A scheme is recognised by one telling entry; whatever stands before it is a wrapper's prefix (`module.` of
 //! DataParallel, `model.`, `backbone.`).
 
+mod swin;
+
 use super::WeightFile;
 use crate::models::Family;
+pub(crate) use swin::{relative_position_index, window_of};
 
 /// Whose names.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize)]
@@ -23,6 +26,14 @@ pub enum Naming {
     HfVit,
     /// Hugging Face `Dinov2Model`.
     HfDinov2,
+    /// torchvision's `SwinTransformer`.
+    TorchvisionSwin,
+    /// timm's `SwinTransformer`: this program's own for Swin.
+    TimmSwin,
+    /// The release of Swin's authors, and timm before 0.9.
+    MicrosoftSwin,
+    /// Hugging Face `SwinModel` and `SwinForImageClassification`.
+    HfSwin,
     /// A small ViT over `torch.nn.TransformerEncoder`.
     Torch,
     /// This program's own, for networks that no library has.
@@ -33,9 +44,12 @@ impl Naming {
     /// The library, for people.
     pub fn library(self) -> &'static str {
         match self {
-            Naming::TorchvisionResnet | Naming::TorchvisionVit => "torchvision",
-            Naming::Timm => "timm",
-            Naming::HfResnet | Naming::HfVit | Naming::HfDinov2 => "Hugging Face",
+            Naming::TorchvisionResnet | Naming::TorchvisionVit | Naming::TorchvisionSwin => {
+                "torchvision"
+            }
+            Naming::Timm | Naming::TimmSwin => "timm",
+            Naming::MicrosoftSwin => "Microsoft",
+            Naming::HfResnet | Naming::HfVit | Naming::HfDinov2 | Naming::HfSwin => "Hugging Face",
             Naming::Torch => "torch.nn",
             Naming::Own => "tilewright",
         }
@@ -47,6 +61,17 @@ impl Naming {
             Naming::TorchvisionResnet | Naming::HfResnet | Naming::Own => Family::Cnn,
             _ => Family::Vit,
         }
+    }
+
+    /// Whether it is one of Swin's.
+    pub fn is_swin(self) -> bool {
+        use Naming::*;
+        matches!(self, TorchvisionSwin | TimmSwin | MicrosoftSwin | HfSwin)
+    }
+
+    /// Whether the library keeps `relative_position_index` beside each relative position table.
+    pub(super) fn keeps_index(self) -> bool {
+        self.is_swin() && self != Naming::TimmSwin
     }
 
     /// Epsilon of the norms where this library's differs from the model's own: 1e-12 in Hugging Face's ViT, 1e-5 in
@@ -67,6 +92,10 @@ impl Naming {
             Naming::Timm => "patch_embed.proj.weight",
             Naming::HfResnet => "embedder.embedder.convolution.weight",
             Naming::HfVit | Naming::HfDinov2 => "embeddings.patch_embeddings.projection.weight",
+            Naming::TorchvisionSwin => "features.1.0.attn.qkv.weight",
+            Naming::TimmSwin => "layers.0.blocks.0.attn.qkv.weight",
+            Naming::MicrosoftSwin => "layers.0.downsample.reduction.weight",
+            Naming::HfSwin => "embeddings.norm.weight",
             Naming::Torch => "patch_embed.weight",
             Naming::Own => "bn0.weight",
         }
@@ -78,6 +107,7 @@ impl Naming {
             Naming::HfResnet => "resnet.",
             Naming::HfVit => "vit.",
             Naming::HfDinov2 => "dinov2.",
+            Naming::HfSwin => "swin.",
             _ => "",
         }
     }
@@ -110,6 +140,10 @@ impl Scheme {
         use Naming::*;
         // What is told by a longer entry comes first: `bn0.weight` could be anybody's.
         let order = [
+            HfSwin,
+            MicrosoftSwin,
+            TimmSwin,
+            TorchvisionSwin,
             HfVit,
             HfResnet,
             TorchvisionVit,
@@ -126,8 +160,12 @@ impl Scheme {
             })?;
             Some((naming, prefix.to_string()))
         })?;
+        let has = |end: &str| names().any(|n| n.ends_with(end));
         let naming = match naming {
-            HfVit if names().any(|n| n.ends_with("layer_scale1.lambda1")) => HfDinov2,
+            HfVit if has("layer_scale1.lambda1") => HfDinov2,
+            HfSwin | MicrosoftSwin | TimmSwin if !has("relative_position_bias_table") => {
+                return None;
+            }
             other => other,
         };
         // The classifier stands beside the body, or beside what wraps it.
@@ -158,6 +196,7 @@ impl Scheme {
         let body = match self.naming {
             Naming::TorchvisionResnet | Naming::Timm | Naming::Own => vec![vec![name.into()]],
             Naming::HfResnet => vec![vec![hf_resnet(path, leaf)]],
+            naming if naming.is_swin() => swin::candidates(naming, path, leaf),
             _ => self.vit(path, leaf),
         };
         body.into_iter()
@@ -222,6 +261,7 @@ impl Scheme {
         let leaf = name.rsplit('.').next().unwrap_or(name);
         let inner = name.strip_prefix(&self.body).unwrap_or(name);
         matches!(leaf, "num_batches_tracked" | "position_ids" | "mask_token")
+            || (self.naming == Naming::MicrosoftSwin && leaf == "attn_mask")
             || inner.starts_with("pooler.")
             || (headless && self.is_classifier_entry(name))
     }
@@ -255,7 +295,7 @@ impl Scheme {
 
 /// Whether `path` (without the leaf) is a classifier in this program's names.
 pub fn is_classifier(path: &str) -> bool {
-    matches!(path, "fc" | "linear" | "head" | "fc2")
+    matches!(path, "fc" | "linear" | "head" | "head.fc" | "fc2")
 }
 
 fn classifier_names(naming: Naming) -> &'static [&'static str] {
@@ -264,7 +304,9 @@ fn classifier_names(naming: Naming) -> &'static [&'static str] {
         Naming::TorchvisionVit => &["heads.head"],
         Naming::Timm | Naming::Torch => &["head"],
         Naming::HfResnet => &["classifier.1"],
-        Naming::HfVit | Naming::HfDinov2 => &["classifier"],
+        Naming::TorchvisionSwin | Naming::MicrosoftSwin => &["head"],
+        Naming::TimmSwin => &["head.fc"],
+        Naming::HfVit | Naming::HfDinov2 | Naming::HfSwin => &["classifier"],
         Naming::Own => &["fc2"],
     }
 }

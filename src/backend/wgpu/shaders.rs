@@ -29,11 +29,14 @@ pub const EMBEDDED: &[(&str, &str)] = embedded![
     "loss.wgsl",
     "math.wgsl",
     "optim.wgsl",
+    "pad2d.wgsl",
+    "patch_merge.wgsl",
     "philox.wgsl",
     "pool.wgsl",
     "random.wgsl",
     "reduce.wgsl",
-    "tokens.wgsl"
+    "tokens.wgsl",
+    "window_attention.wgsl"
 ];
 
 /// Where sources come from.

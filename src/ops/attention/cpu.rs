@@ -18,13 +18,13 @@ use std::sync::LazyLock;
 const TILE: usize = 6 * 1024;
 
 /// Names of the variants, the default first: the instruction sets that the processor has.
-pub(super) fn variants() -> &'static [&'static str] {
+pub(in crate::ops) fn variants() -> &'static [&'static str] {
     static NAMES: LazyLock<Vec<&'static str>> =
         LazyLock::new(|| available().iter().map(|k| k.name).collect());
     &NAMES
 }
 
-fn choose(variant: Option<&str>) -> Result<&'static Kernels> {
+pub(in crate::ops) fn choose(variant: Option<&str>) -> Result<&'static Kernels> {
     let Some(name) = variant else {
         return Ok(available()[0]);
     };
@@ -39,22 +39,22 @@ fn choose(variant: Option<&str>) -> Result<&'static Kernels> {
 
 /// Extents and derived sizes of a launch.
 #[derive(Clone, Copy)]
-struct Plan {
-    k: &'static Kernels,
-    e: Extents,
+pub(in crate::ops) struct Plan {
+    pub k: &'static Kernels,
+    pub e: Extents,
     /// Tokens and channels in whole registers.
-    tp: usize,
-    dp: usize,
+    pub tp: usize,
+    pub dp: usize,
     /// Floats from a token's q, k or v to the next token's.
-    ld: usize,
+    pub ld: usize,
     /// Rows of a tile of scores.
-    block: usize,
+    pub block: usize,
     /// Factor from a product to the exponent of two.
-    c: f32,
+    pub c: f32,
 }
 
 impl Plan {
-    fn new(k: &'static Kernels, e: Extents) -> Self {
+    pub fn new(k: &'static Kernels, e: Extents) -> Self {
         let tp = k.pad(e.tokens);
         Plan {
             k,
@@ -68,7 +68,7 @@ impl Plan {
     }
 
     /// Floats from a token's row of the result to the next.
-    fn width(&self) -> usize {
+    pub fn width(&self) -> usize {
         self.e.heads * self.e.dim
     }
 
@@ -93,7 +93,7 @@ impl Plan {
     }
 
     /// The transpose of `src` `[tp, dp]` as panels for [`product`](Self::product).
-    fn transpose(&self, src: &[f32], dst: &mut [f32]) {
+    pub fn transpose(&self, src: &[f32], dst: &mut [f32]) {
         assert!(src.len().min(dst.len()) >= self.tp * self.dp);
         for (j, n) in panels(self.k, self.tp) {
             let at = j * self.dp;
@@ -105,7 +105,7 @@ impl Plan {
     }
 
     /// `c[m, tp] = a[m, dim] B`, with B from [`transpose`](Self::transpose).
-    fn scores(&self, m: usize, a: &[f32], b: &[f32], c: &mut [f32]) {
+    pub fn scores(&self, m: usize, a: &[f32], b: &[f32], c: &mut [f32]) {
         assert!(a.len() >= m * self.dp && b.len() >= self.tp * self.dp && c.len() >= m * self.tp);
         for (j, n) in panels(self.k, self.tp) {
             let t = Tile {
@@ -123,7 +123,7 @@ impl Plan {
     }
 
     /// `c[m, dp] = a[m, tokens] b[tokens, dp]`, where rows of `a` are `tp` apart.
-    fn combine(&self, m: usize, a: &[f32], b: &[f32], c: &mut [f32]) {
+    pub fn combine(&self, m: usize, a: &[f32], b: &[f32], c: &mut [f32]) {
         assert!(
             a.len() >= m * self.tp && b.len() >= self.e.tokens * self.dp && c.len() >= m * self.dp
         );
@@ -143,7 +143,7 @@ impl Plan {
     }
 
     /// `c[tokens, dp] += a^T b`, for `a` `[m, tp]` and `b` `[m, dp]`.
-    fn accumulate(&self, m: usize, a: &[f32], b: &[f32], c: &mut [f32]) {
+    pub fn accumulate(&self, m: usize, a: &[f32], b: &[f32], c: &mut [f32]) {
         assert!(
             a.len() >= m * self.tp && b.len() >= m * self.dp && c.len() >= self.e.tokens * self.dp
         );
@@ -215,13 +215,13 @@ unsafe fn row_tiles(k: &Kernels, m: usize, n: usize, step: usize, outer: bool, t
 }
 
 /// Cuts a thread's scratch into pieces at cache lines.
-struct Scratch<'a>(&'a mut [f32]);
+pub(in crate::ops) struct Scratch<'a>(&'a mut [f32]);
 
 impl<'a> Scratch<'a> {
     const LINE: usize = 16;
 
     /// Floats that pieces of these sizes take.
-    fn size(pieces: &[usize]) -> usize {
+    pub fn size(pieces: &[usize]) -> usize {
         Self::LINE
             + pieces
                 .iter()
@@ -229,12 +229,12 @@ impl<'a> Scratch<'a> {
                 .sum::<usize>()
     }
 
-    fn new(s: &'a mut [f32]) -> Self {
+    pub fn new(s: &'a mut [f32]) -> Self {
         let skip = s.as_ptr().align_offset(64);
         Scratch(&mut s[skip..])
     }
 
-    fn take(&mut self, n: usize) -> &'a mut [f32] {
+    pub fn take(&mut self, n: usize) -> &'a mut [f32] {
         let all = std::mem::take(&mut self.0);
         let (piece, rest) = all.split_at_mut(n.next_multiple_of(Self::LINE));
         self.0 = rest;

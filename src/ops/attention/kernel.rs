@@ -7,7 +7,7 @@ use std::sync::LazyLock;
 
 /// `A B` with a register tile of `[MR, NV * LANES]`; row `i` of the result is at `c[i * ldc]`, row `k` of B at
 /// `b[k * ldb]`.
-pub(super) struct Tile {
+pub(in crate::ops) struct Tile {
     pub a: *const f32,
     pub lda: usize,
     pub b: *const f32,
@@ -20,7 +20,7 @@ pub(super) struct Tile {
 type TileFn = unsafe fn(&Tile);
 
 /// One instruction set's loops.
-pub(super) struct Kernels {
+pub(in crate::ops) struct Kernels {
     /// `avx512`, `avx2` or `portable`.
     pub name: &'static str,
     /// f32 per vector register.

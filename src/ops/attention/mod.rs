@@ -5,7 +5,7 @@
 //! `qkv` `[N, T, 3 * H * D]` holds, per token, Q, K and V one after the other, each `[H, D]`: the order of PyTorch's
 //! `in_proj_weight` and timm's `qkv`.
 
-mod cpu;
+pub(super) mod cpu;
 mod kernel;
 mod reference;
 mod wgpu;
