@@ -38,6 +38,11 @@ pub trait Backend: Send + Sync {
         cuda::Precision::F32
     }
 
+    /// What each kernel did since the last call, by `source/kernel`; empty where the device does not count.
+    fn take_counts(&self) -> Vec<(String, cuda::Count)> {
+        vec![]
+    }
+
     /// Plans memory and prepares every launch of `graph`.
     ///
     /// # Errors

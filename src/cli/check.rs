@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::process::ExitCode;
-use tilewright::backend::cuda;
+use tilewright::backend::cuda::{self, Count};
 use tilewright::backend::wgpu::{Wgpu, WgpuOptions, adapters};
 use tilewright::backend::{Backend, CompileOptions};
 use tilewright::ops::check::{Finding, case_graph, check_gradients, run_case, seed_of};
@@ -29,6 +29,9 @@ pub struct Check {
     /// Check every kernel variant, not only the one that the default rule picks
     #[arg(long)]
     variants: bool,
+    /// What each kernel did, as cuda:sim counts it: instructions, memory traffic, bank conflicts
+    #[arg(long)]
+    counters: bool,
     /// List the cases and check nothing
     #[arg(long)]
     list: bool,
@@ -128,7 +131,11 @@ impl Check {
             None => {
                 let mut names = vec!["cpu".to_string()];
                 let wgpu = adapters().is_ok();
-                let others = [("wgpu", wgpu), ("cuda", cuda::present())];
+                let others = [
+                    ("wgpu", wgpu),
+                    ("cuda", cuda::present()),
+                    ("cuda:sim", cuda::sim_present()),
+                ];
                 for (name, there) in others {
                     match there {
                         true => names.push(name.into()),
@@ -223,6 +230,10 @@ impl Check {
             }
         }
         let failed: usize = rows.iter().map(|r| r.2.failed).sum();
+        let counts: Vec<(String, Count)> = match self.counters {
+            true => backends.iter().flat_map(|b| b.1.take_counts()).collect(),
+            false => vec![],
+        };
         if g.json {
             let rows: Vec<Value> = rows
                 .iter()
@@ -233,7 +244,8 @@ impl Check {
                     })
                 })
                 .collect();
-            json(&json!({"failed": failed, "results": rows}))?;
+            let counts: Vec<Value> = counts.iter().map(count_json).collect();
+            json(&json!({"failed": failed, "results": rows, "counters": counts}))?;
         } else {
             let mut t = Table::new([
                 "op", "checked", "cases", "runs", "tensors", "failed", "worst", "where",
@@ -252,6 +264,10 @@ impl Check {
                 ]);
             }
             let mut out = t.to_text();
+            if self.counters {
+                out.push('\n');
+                out.push_str(&count_table(&counts));
+            }
             let _ = match failed {
                 0 => writeln!(out, "\nall good"),
                 n => writeln!(out, "\n{n} failed"),
@@ -260,6 +276,52 @@ impl Check {
         }
         Ok(ExitCode::from(u8::from(failed > 0)))
     }
+}
+
+fn count_json((kernel, count): &(String, Count)) -> Value {
+    let c = &count.counters;
+    let classes: BTreeMap<&str, u64> = c.by_class.iter().map(|(k, &n)| (k.name(), n)).collect();
+    json!({
+        "kernel": kernel, "launches": count.launches, "warp_instructions": c.instructions, "by_class": classes,
+        "mma": c.mma, "mma_flops": c.mma_flops, "global_bytes": c.global_bytes(),
+        "load_efficiency": c.global_load.efficiency(), "store_efficiency": c.global_store.efficiency(),
+        "bank_conflicts": c.bank_conflicts(), "barriers": c.barriers,
+        "divergent_branches": c.divergent_branches,
+    })
+}
+
+/// Loads and stores are the ideal number of 32-byte sectors over the actual one.
+fn count_table(counts: &[(String, Count)]) -> String {
+    let mut t = Table::new([
+        "kernel",
+        "launches",
+        "instructions",
+        "mma",
+        "bytes",
+        "loads",
+        "stores",
+        "conflicts",
+        "barriers",
+        "diverged",
+    ])
+    .left(&[0]);
+    for (kernel, count) in counts {
+        let c = &count.counters;
+        let percent = |e: f64| format!("{:.0} %", 100.0 * e);
+        t.row([
+            kernel.clone(),
+            count.launches.to_string(),
+            c.instructions.to_string(),
+            c.mma.to_string(),
+            c.global_bytes().to_string(),
+            percent(c.global_load.efficiency()),
+            percent(c.global_store.efficiency()),
+            c.bank_conflicts().to_string(),
+            c.barriers.to_string(),
+            c.divergent_branches.to_string(),
+        ]);
+    }
+    t.to_text()
 }
 
 fn list(g: &Global, cases: &Cases) -> Result<ExitCode> {

@@ -464,6 +464,76 @@ mod tests {
         }
     }
 
+    /// The real CUDA kernels with their real launch code, compiled by NVRTC, in the simulator: every variant in every
+    /// precision.
+    #[test]
+    fn cuda_kernels_follow_the_reference() {
+        use crate::backend::cuda::{Cuda, CudaOptions, Nvrtc, Simulated};
+        if let Err(e) = Nvrtc::get() {
+            assert!(std::env::var("CI").is_err(), "{e}");
+            println!("skipped: {e}");
+            return;
+        }
+        let cuda = Cuda::new(Arc::new(Simulated::default()), CudaOptions::default()).unwrap();
+        for precision in [Precision::F32, Precision::Tf32, Precision::Bf16] {
+            let options = CompileOptions {
+                poison: true,
+                precision: Some(precision),
+                ..Default::default()
+            };
+            all_cases(|room, params| {
+                if let Err(e) = has_precisions(room, params)
+                    && e.to_string().contains("has no CUDA kernel")
+                {
+                    return Ok(vec![]);
+                }
+                if precision != Precision::F32 && !has_precisions(room, params)? {
+                    return Ok(vec![]);
+                }
+                let mut findings = run_case(room, params, &cuda, &options)?;
+                for (op, variant) in cuda_variants(room, params)? {
+                    let mut options = options.clone();
+                    options.variants.insert(op.into(), variant.into());
+                    match run_case(room, params, &cuda, &options) {
+                        // A variant need not support every shape or precision, and says so.
+                        Err(Error::Input(_)) => {}
+                        found => findings.extend(found.map_err(|e| e.context(variant))?),
+                    }
+                }
+                Ok(findings)
+            });
+        }
+    }
+
+    /// The nodes of a case that have more than one CUDA variant, with each but the default.
+    fn cuda_variants(room: &Room, params: &str) -> Result<Vec<(&'static str, &'static str)>> {
+        let cg = case_graph(&room.build(params)?, 1)?;
+        let all = cg.graph.nodes.iter().flat_map(|n| {
+            let named = n.op.cuda_variants().iter().skip(1);
+            named.map(|&v| (n.op.name(), v))
+        });
+        Ok(all.collect())
+    }
+
+    /// Whether any node of a case launches something else in bf16 than in float32.
+    fn has_precisions(room: &Room, params: &str) -> Result<bool> {
+        use crate::backend::cuda::{CudaCx, Traits};
+        let traits = Traits::assumed(80);
+        let cg = case_graph(&room.build(params)?, 1)?;
+        for node in &cg.graph.nodes {
+            let (x, y) = cg.graph.node_specs(node);
+            let launches = |p| {
+                let mut cx = CudaCx::new(&traits, p, &x, &y, None);
+                node.op.cuda(&mut cx)?;
+                Ok::<_, Error>(cx.launches)
+            };
+            if launches(Precision::F32)? != launches(Precision::Bf16)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     #[test]
     fn shape_rules_refuse() {
         for room in ROOMS {

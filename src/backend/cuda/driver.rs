@@ -3,6 +3,7 @@
 
 use super::launch::Traits;
 use super::nvrtc::Target;
+use super::sim::Counters;
 use crate::Result;
 use std::fmt::Debug;
 use std::time::Duration;
@@ -45,6 +46,15 @@ pub enum Step {
     Launch(Placed),
     /// `n` words at an address become unwritten: NaN, and where the driver keeps track of it, undefined.
     Poison(u64, usize),
+}
+
+/// What the launches of one kernel did.
+#[derive(Clone, Debug, Default)]
+pub struct Count {
+    /// Launches.
+    pub launches: u64,
+    /// All of them together, without source lines.
+    pub counters: Counters,
 }
 
 /// What executes kernels. Calls are in stream order; the host waits in [`download`](Self::download) and
@@ -143,4 +153,9 @@ pub trait Driver: Send + Sync + Debug {
 
     /// Gives a graph's resources back.
     fn forget(&self, graph: GraphId);
+
+    /// What was counted since the last call, by `source/kernel`; empty where the driver does not count.
+    fn take_counts(&self) -> Vec<(String, Count)> {
+        vec![]
+    }
 }

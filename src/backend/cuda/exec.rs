@@ -2,7 +2,7 @@
 //! their kernels, and a run replays the list.
 
 use super::compile::Compiler;
-use super::driver::{Driver, GraphId, KernelId, ModuleId, Placed, Step};
+use super::driver::{Count, Driver, GraphId, KernelId, ModuleId, Placed, Step};
 use super::launch::{ALIGN, Arg, Consts, CudaCx, CudaLaunch, Precision, Slot, WorkId, pack};
 use super::sources::KernelSource;
 use crate::backend::{Backend, CompileOptions, Exec};
@@ -269,6 +269,10 @@ impl Backend for Cuda {
 
     fn precision(&self) -> Precision {
         self.options.precision
+    }
+
+    fn take_counts(&self) -> Vec<(String, Count)> {
+        self.driver.take_counts()
     }
 
     fn compile(&self, graph: Arc<Graph>, options: &CompileOptions) -> Result<Box<dyn Exec>> {
