@@ -3,6 +3,7 @@
 
 use super::{Case, Cost, Host, Op, Room, traffic};
 use crate::backend::cpu::{CpuCx, CpuKernel, par};
+use crate::backend::cuda::{self, CudaCx};
 use crate::backend::wgpu::{Arg, WgpuCx};
 use crate::graph::autodiff::{Backward, Fwd};
 use crate::graph::{Graph, Spec, Tid};
@@ -88,6 +89,19 @@ impl Op for Pad2d {
             cx.items(("pad2d.wgsl", "pad"), &[], cut.rows * to, &args, &params)?;
         }
         Ok(())
+    }
+
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        use cuda::Arg;
+        let &[n, h, w, c] = &cx.x[0].shape[..] else {
+            unreachable!("the shape rule was checked")
+        };
+        let vec = cuda::vector(&[c]);
+        let items = n * self.h * self.w * c / vec;
+        let mut args = [h, w, self.h, self.w, c / vec].map(Arg::n).to_vec();
+        args.extend([Arg::In(0), Arg::Out(0)]);
+        let consts = vec![("VEC", vec.to_string())];
+        cx.items(("pad2d.cu", "pad2d"), consts, items, 256, &args)
     }
 }
 

@@ -3,6 +3,7 @@
 
 use super::{Case, Cost, Host, Op, Room, traffic};
 use crate::backend::cpu::{CpuCx, CpuKernel, par};
+use crate::backend::cuda::{self, CudaCx};
 use crate::backend::wgpu::{Arg, WgpuCx};
 use crate::graph::autodiff::{Backward, Fwd};
 use crate::graph::{Graph, Spec, Tid};
@@ -105,6 +106,10 @@ impl Op for PatchMerge {
     fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
         launch(cx, "merge", &cx.x[0].shape)
     }
+
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        launch_cuda(cx, "merge", &cx.x[0].shape)
+    }
 }
 
 impl Op for PatchMergeBwd {
@@ -149,6 +154,10 @@ impl Op for PatchMergeBwd {
     fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
         launch(cx, "merge_bwd", &cx.y[0].shape)
     }
+
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        launch_cuda(cx, "merge_bwd", &cx.y[0].shape)
+    }
 }
 
 /// Where the channels of pixel `r` of `[N, h, w, c]` stand in the merged map.
@@ -156,6 +165,17 @@ fn merged(r: usize, h: usize, w: usize, c: usize) -> usize {
     let (n, i, j) = (r / w / h, r / w % h, r % w);
     let to = (n * h.div_ceil(2) + i / 2) * w.div_ceil(2) + j / 2;
     (4 * to + 2 * (j % 2) + i % 2) * c
+}
+
+/// A launch of kernels/patch_merge.cu; `full` is the shape of the map that is merged.
+fn launch_cuda(cx: &mut CudaCx, entry: &'static str, full: &[usize]) -> Result<()> {
+    use cuda::Arg;
+    let vec = cuda::vector(&[full[3]]);
+    let sizes = [full[1], full[2], full[3] / vec].map(Arg::n);
+    let args: Vec<Arg> = sizes.into_iter().chain([Arg::In(0), Arg::Out(0)]).collect();
+    let consts = vec![("VEC", vec.to_string())];
+    let n = cx.y[0].len() / vec;
+    cx.items(("patch_merge.cu", entry), consts, n, 256, &args)
 }
 
 /// Forward or backward; `full` is the shape of the map that is merged.

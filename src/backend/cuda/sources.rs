@@ -23,6 +23,8 @@ pub const EMBEDDED: &[(&str, &str)] = embedded![
     "layer_scale.cu",
     "loss.cu",
     "optim.cu",
+    "pad2d.cu",
+    "patch_merge.cu",
     "pool.cu",
     "random.cu",
     "reduce.cu",
