@@ -4,6 +4,7 @@
 //! checked, differentiated and fused; a plan places every tensor and lists the launches; a [backend] runs it.
 
 pub mod backend;
+pub mod bench;
 pub mod data;
 pub mod error;
 pub mod graph;

@@ -4,6 +4,7 @@
 //! Exit status: 0 good, 1 a check or a run failed, 2 bad usage or input, 130 after Ctrl-C. Results go to standard
 //! output, everything else to standard error.
 
+mod bench;
 mod check;
 mod data;
 mod devices;
@@ -85,6 +86,8 @@ enum Command {
     Kernels(kernels::Kernels),
     /// Every kernel against its float64 reference, and every gradient against finite differences
     Check(check::Check),
+    /// Time of training and inference steps, against the device's measured limits
+    Bench(Box<bench::Bench>),
 }
 
 fn run(cli: Cli) -> Result<ExitCode> {
@@ -103,6 +106,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Grad(c) => c.run(g),
         Command::Kernels(c) => c.run(g),
         Command::Check(c) => c.run(g),
+        Command::Bench(c) => c.run(g),
     }
 }
 

@@ -157,6 +157,12 @@ impl Session {
         self.exec.as_mut()
     }
 
+    /// The compiled network with its input and output, for callers that run it themselves.
+    pub fn into_parts(self) -> (Box<dyn Exec>, Tid, Tid) {
+        let output = self.heads.output();
+        (self.exec, self.input, output)
+    }
+
     /// How the weights' file names the parameters.
     pub fn names(&self) -> &FileNames {
         &self.names

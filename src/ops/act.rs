@@ -209,6 +209,24 @@ macro_rules! for_act {
     };
 }
 
+crate::multiversion! {
+    /// `y = f(x)`.
+    fn values(act: Act, x: &[f32], y: &mut [f32]) {
+        for_act!(act, |f| for (y, &x) in y.iter_mut().zip(x) {
+            *y = f.value_f32(x);
+        })
+    }
+}
+
+crate::multiversion! {
+    /// `y = dy f'(x)`.
+    fn slopes(act: Act, dy: &[f32], x: &[f32], y: &mut [f32]) {
+        for_act!(act, |f| for ((y, &d), &x) in y.iter_mut().zip(dy).zip(x) {
+            *y = d * f.slope_f32(x);
+        })
+    }
+}
+
 /// `y = f(x)`, any shape.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct ActFwd {
@@ -252,7 +270,8 @@ impl Op for ActFwd {
     fn cpu(&self, _cx: &mut CpuCx) -> Result<CpuKernel> {
         let act = self.act;
         Ok(Box::new(move |a| {
-            for_act!(act, |f| par::map(a.x(0), a.y(0), |v| f.value_f32(v)))
+            let x = a.x(0);
+            par::rows(a.y(0), 1, |at, y| values(act, &x[at..][..y.len()], y));
         }))
     }
 
@@ -300,8 +319,11 @@ impl Op for ActBwd {
     fn cpu(&self, _cx: &mut CpuCx) -> Result<CpuKernel> {
         let act = self.act;
         Ok(Box::new(move |a| {
-            for_act!(act, |f| par::map2(a.x(0), a.x(1), a.y(0), |d, v| d * f
-                .slope_f32(v)))
+            let (dy, x) = (a.x(0), a.x(1));
+            par::rows(a.y(0), 1, |at, y| {
+                let n = y.len();
+                slopes(act, &dy[at..][..n], &x[at..][..n], y);
+            });
         }))
     }
 

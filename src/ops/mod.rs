@@ -71,6 +71,12 @@ pub trait Op: Debug + Send + Sync + 'static {
         }
     }
 
+    /// Floating-point operations that the default kernel of the backend called `backend` does: fewer than
+    /// [`cost`](Self::cost) counts where an algorithm saves some (Winograd).
+    fn executed(&self, _backend: &str, x: &[Spec], y: &[Spec]) -> u64 {
+        self.cost(x, y).flops
+    }
+
     /// Appends the backward nodes of one forward node.
     ///
     /// # Errors

@@ -3,6 +3,8 @@
 pub mod checkpoint;
 pub mod config;
 pub mod evaluate;
+pub mod program;
 pub mod run;
 
 pub use config::TrainConfig;
+pub use program::{Program, ProgramSpec};

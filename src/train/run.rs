@@ -3,12 +3,11 @@
 use super::checkpoint::{Position, read_params, read_position, read_resume, write_resume};
 use super::config::TrainConfig;
 use super::evaluate::{Evaluator, Outcome};
-use crate::backend::{Backend, CompileOptions, Exec};
+use super::program::{Program, ProgramSpec};
+use crate::backend::Backend;
 use crate::data::{self, Images, Loader, LoaderOptions, OpenOptions, PerClass, Preprocess, Split};
-use crate::graph::fuse::Purpose;
-use crate::graph::train::{Update, UpdateSpec, add_update};
-use crate::graph::{Mode, Phase, Spec, Tid, fuse};
-use crate::models::session::{load_net, options_for, write_parameters};
+use crate::graph::Phase;
+use crate::models::session::options_for;
 use crate::models::{self, Model, ModelOptions};
 use crate::ops::loss::IGNORED;
 use crate::report::html::{Provenance, RunReport, Sample};
@@ -17,8 +16,7 @@ use crate::report::plot;
 use crate::report::progress::Progress;
 use crate::report::runlog::{EpochRow, EventLog, MetricsLog, StepEvent, read_metrics};
 use crate::report::{remove_parts, write_atomic};
-use crate::weights::naming::is_classifier;
-use crate::weights::{FileNames, FloatFormat, Loaded, WeightFile};
+use crate::weights::{FloatFormat, WeightFile};
 use crate::{Error, Result};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -52,21 +50,6 @@ struct RunData {
     /// Images of each class in the training view.
     counts: Vec<usize>,
     notes: Vec<String>,
-}
-
-/// The compiled training graph with its tensors.
-struct Program {
-    exec: Box<dyn Exec>,
-    update: Update,
-    input: Tid,
-    labels: Tid,
-    affine: Option<Tid>,
-    rng: Option<Tid>,
-    loss: Tid,
-    logits: Tid,
-    names: FileNames,
-    params: usize,
-    flops: u64,
 }
 
 /// What is trained, resolved.
@@ -180,98 +163,22 @@ fn prepare(config: &TrainConfig, sets: data::Sets, preprocess: Preprocess) -> Re
 impl Job<'_> {
     /// The training graph on the backend, with its first weights.
     fn compile(&self, data: &RunData) -> Result<Program> {
-        let config = self.config;
-        let n = config.batch_size;
-        let mut g = crate::graph::Graph::new();
-        g.mode = Mode {
-            batch_stats: true,
-            random: true,
-        };
-        let input = g.input("input", Spec::f32([n, self.size, self.size, 3]));
-        let mut x = input;
-        let (mut affine, mut fill) = (None, None);
-        if !config.augment.is_none() {
-            let m = g.input("affine", Spec::f32([n, 6]));
-            let f = g.input("fill", Spec::f32([3]));
-            x = g.affine_sample(x, m, f, true)?;
-            (affine, fill) = (Some(m), Some(f));
-        }
-        let heads = self.model.build(&mut g, x, &self.options)?;
-        let Some(logits) = heads.logits else {
-            return Err(Error::input(format!(
-                "{} has no classifier to train; give --classes",
-                self.model.id
-            )));
-        };
-        let mut net = models::Net {
-            graph: g,
-            input,
-            heads,
-            grid: self.model.grid(self.size, self.size),
-        };
-        let loaded = self
-            .init
-            .as_ref()
-            .map(|f| load_net(&self.model, &net, f, config.replace_head))
-            .transpose()?;
-        let g = &mut net.graph;
-        if config.freeze_backbone {
-            for p in g.params.iter_mut().filter(|p| !is_classifier(&p.name)) {
-                p.trainable = false;
-            }
-        }
-        let labels = g.input("labels", Spec::u32([n]));
-        let weights = config
+        let class_weights = self
+            .config
             .class_weights
-            .then(|| g.input("class_weights", Spec::f32([data.classes.len()])));
-        let loss = g.softmax_ce(
-            logits,
-            labels,
-            weights,
-            config.label_smoothing,
-            config.focal,
-        )?;
-        g.keep(loss);
-        g.keep(logits);
-        fuse(g, Purpose::Gradients)?;
-        let grads = g.backward(loss, &[])?;
-        let spec = UpdateSpec {
-            optimizer: config.optimizer(),
-            weight_decay: config.weight_decay,
-            clip: (config.clip > 0.0).then_some(config.clip),
-            accumulate: config.accumulate,
-        };
-        let update = add_update(g, &grads, spec)?;
-        let names = match &loaded {
-            Some(l) => l.names.clone(),
-            None => FileNames::plain(g, self.model.naming()),
-        };
-        let (params, rng) = (g.param_count().0, g.rng);
-        let flops = g.flops(Phase::Forward) / n as u64;
-        let mut exec = self
-            .backend
-            .compile(Arc::new(net.graph), &CompileOptions::default())?;
-        if let Some(f) = fill {
-            exec.write(f, &data.train.preprocess().black())?;
-        }
-        if let Some(w) = weights {
-            exec.write(w, &inverse_frequency(&data.counts))?;
-        }
-        let from: Option<(&Loaded, &WeightFile)> = loaded.as_ref().zip(self.init.as_ref());
-        write_parameters(exec.as_mut(), from, config.seed)?;
-        Ok(Program {
-            exec,
-            update,
-            input,
-            labels,
-            affine,
-            rng,
-            loss,
-            logits,
-            names,
-            params,
-            flops,
-        })
+            .then(|| inverse_frequency(&data.counts));
+        Program::compile(
+            self.backend,
+            &ProgramSpec {
+                config: self.config,
+                model: &self.model,
+                options: &self.options,
+                size: self.size,
+                init: self.init.as_ref(),
+                fill: data.train.preprocess().black(),
+                class_weights: class_weights.as_deref(),
+            },
+        )
     }
 
     /// What a weight file of this run says about itself, so that it can be used without its run directory.

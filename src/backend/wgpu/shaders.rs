@@ -19,6 +19,7 @@ pub const EMBEDDED: &[(&str, &str)] = embedded![
     "attention.wgsl",
     "augment.wgsl",
     "batch_norm.wgsl",
+    "ceiling.wgsl",
     "elementwise.wgsl",
     "fill.wgsl",
     "gemm.wgsl",

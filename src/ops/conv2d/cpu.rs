@@ -154,6 +154,19 @@ pub fn variant(shape: &ConvShape, dgrad: bool) -> &'static str {
     }
 }
 
+/// Floating-point operations of the algorithm that [`variant`] names; Winograd's transforms are not counted.
+pub(super) fn executed(shape: &ConvShape, dgrad: bool) -> u64 {
+    let make = if dgrad {
+        Winograd::dgrad
+    } else {
+        Winograd::fprop
+    };
+    match make(kernels(), shape).filter(Winograd::wins) {
+        Some(w) if !shape.is_matrix_product() => w.products(),
+        _ => trim(shape).0.flops(),
+    }
+}
+
 /// `dx = conv^T(dy, w) + addend`; `addend` is laid out as `dx`.
 ///
 /// # Panics

@@ -111,6 +111,10 @@ impl Op for Conv2d {
         }
     }
 
+    fn executed(&self, backend: &str, x: &[Spec], _y: &[Spec]) -> u64 {
+        executed(backend, &self.shape(x), false)
+    }
+
     fn backward(&self, node: &Fwd, b: &mut Backward) -> Result<()> {
         let mut dy = b.need(node.outputs[0])?;
         if self.relu {
@@ -208,6 +212,14 @@ impl Op for Conv2d {
     }
 }
 
+/// Operations of the default kernel of a backend.
+fn executed(backend: &str, shape: &ConvShape, dgrad: bool) -> u64 {
+    match backend {
+        "cpu" => cpu::executed(shape, dgrad),
+        _ => shape.flops(),
+    }
+}
+
 /// Gradient of the input. Operands: dy, w, then an addend (a gradient that is already there) where present.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Conv2dDgrad {
@@ -271,6 +283,11 @@ impl Op for Conv2dDgrad {
             flops: self.shape(x).expect("checked by the shape rule").flops(),
             bytes: traffic(x, y),
         }
+    }
+
+    fn executed(&self, backend: &str, x: &[Spec], _y: &[Spec]) -> u64 {
+        let shape = self.shape(x).expect("checked by the shape rule");
+        executed(backend, &shape, true)
     }
 
     fn reference(&self, x: &[&Host], y: &mut [Host]) {
@@ -361,6 +378,11 @@ impl Op for Conv2dWgrad {
             flops: self.shape(x).expect("checked by the shape rule").flops(),
             bytes: traffic(x, y),
         }
+    }
+
+    fn executed(&self, backend: &str, x: &[Spec], _y: &[Spec]) -> u64 {
+        let shape = self.shape(x).expect("checked by the shape rule");
+        executed(backend, &shape, false)
     }
 
     fn reference(&self, x: &[&Host], y: &mut [Host]) {

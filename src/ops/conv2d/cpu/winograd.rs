@@ -110,6 +110,11 @@ impl Winograd {
         5 * (products + transforms) < 4 * direct
     }
 
+    /// Floating-point operations of the products over channels.
+    pub fn products(&self) -> u64 {
+        2 * (self.tiles() * POSITIONS * self.c * self.k) as u64
+    }
+
     /// Floats between two tiles in V; not a power of two, so that tiles do not share the sets of a cache.
     fn v_step(&self) -> usize {
         self.c + 16

@@ -1,0 +1,333 @@
+//! Kernels by case string: an op's own case, forward and backward, variant by variant, checked before it is timed.
+
+use super::ceiling::Ceilings;
+use super::measure::{Limits, Sample};
+use crate::backend::{Backend, CompileOptions, Exec};
+use crate::graph::{DType, Phase};
+use crate::ops::check::{case_graph, run_case, seed_of};
+use crate::ops::{Cost, Room};
+use crate::{Error, Result};
+use serde::Serialize;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Instant;
+
+/// Which nodes of a case are timed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Pass {
+    /// The op itself.
+    Forward,
+    /// Its input's gradient.
+    Dgrad,
+    /// Its weights' gradient.
+    Wgrad,
+    /// Every backward node.
+    Backward,
+}
+
+impl Pass {
+    fn takes(self, phase: Phase, op: &str) -> bool {
+        match self {
+            Pass::Forward => phase == Phase::Forward,
+            Pass::Dgrad => op.ends_with("_dgrad"),
+            Pass::Wgrad => op.ends_with("_wgrad"),
+            Pass::Backward => phase == Phase::Backward,
+        }
+    }
+}
+
+/// How kernels are timed.
+#[derive(Clone, Debug)]
+pub struct KernelOptions {
+    /// Which nodes; empty: all.
+    pub passes: Vec<Pass>,
+    /// Every variant beside the default rule's choice.
+    pub all_variants: bool,
+    /// The same memory again and again, as a network's next layer finds it, in place of copies in turn that together
+    /// are larger than the last-level cache.
+    pub hot: bool,
+    /// Repeats.
+    pub limits: Limits,
+}
+
+/// One kernel's row.
+#[derive(Clone, Debug, Serialize)]
+pub struct KernelReport {
+    /// `conv2d(n=8,...)`: an argument of `check` and `bench`.
+    pub case: String,
+    /// `conv2d_dgrad`.
+    pub op: String,
+    /// The variant; `auto` is the default rule's choice.
+    pub variant: String,
+    /// Worst error over its allowance in the check before; none where the variant cannot run the case.
+    pub error: f64,
+    /// Time.
+    pub time: Sample,
+    /// Operations as the definition counts them.
+    pub flops: u64,
+    /// Operations that the kernel does.
+    pub executed: u64,
+    /// Compulsory bytes.
+    pub bytes: u64,
+    /// Operations (definition) a second.
+    pub flops_per_second: f64,
+    /// Bytes a second.
+    pub bytes_per_second: f64,
+    /// Operations per byte.
+    pub intensity: f64,
+    /// Share of the roofline that applies.
+    pub roofline: f64,
+    /// `arithmetic` or `memory`.
+    pub bound: &'static str,
+}
+
+/// The last-level caches of today's processors are smaller.
+const ROTATED: usize = 256 << 20;
+/// Operations of a case that the float64 reference is asked to do; above, the check takes a smaller batch.
+const CHECKED: u64 = 300_000_000;
+
+/// Times the kernels of `room(params)`.
+///
+/// # Errors
+/// The case is malformed, a kernel is wrong (what is not right is not timed), or a result is above its ceiling.
+pub fn measure_case(
+    backend: &dyn Backend,
+    room: &Room,
+    params: &str,
+    options: &KernelOptions,
+    ceilings: &Ceilings,
+) -> Result<Vec<KernelReport>> {
+    let case = room.build(params)?;
+    let cg = case_graph(&case, seed_of(params))?;
+    let nodes = &cg.graph.nodes;
+    let wanted: Vec<usize> = (0..nodes.len())
+        .filter(|&i| {
+            let (phase, op) = (nodes[i].phase, nodes[i].op.name());
+            options.passes.is_empty() || options.passes.iter().any(|p| p.takes(phase, op))
+        })
+        .collect();
+    if wanted.is_empty() {
+        return Err(Error::input(format!(
+            "{}({params}) has no kernel in that direction",
+            room.name
+        )));
+    }
+    let mut variants = BTreeSet::from(["auto"]);
+    if options.all_variants {
+        for &i in &wanted {
+            variants.extend(match backend.name() {
+                "wgpu" => nodes[i].op.wgpu_variants(),
+                _ => nodes[i].op.cpu_variants(),
+            });
+        }
+    }
+    let mut rows = vec![];
+    for variant in variants {
+        let mut compile = CompileOptions::default();
+        if variant != "auto" {
+            for &i in &wanted {
+                let op = nodes[i].op.name();
+                compile.variants.insert(op.into(), variant.into());
+            }
+        }
+        let small = smaller(room, params)?;
+        let findings = match run_case(room, &small, backend, &compile) {
+            Ok(f) => f,
+            // A variant need not support every shape, and says so.
+            Err(Error::Input(_)) if variant != "auto" => continue,
+            Err(e) => return Err(e),
+        };
+        if let Some(bad) = findings.iter().find(|f| !f.ok()) {
+            return Err(Error::run(format!(
+                "{}({small}), variant {variant}: {} is {} times its allowance off; what is not right is not timed \
+                 (tilewright check '{}({small})' --variants)",
+                room.name, bad.tensor, bad.worst, room.name
+            )));
+        }
+        let error = findings.iter().map(|f| f.worst).fold(0.0, f64::max);
+        let times = time_nodes(backend, &cg, &compile, &wanted, options)?;
+        for (i, time) in times {
+            let node = &nodes[i];
+            let (x, y) = cg.graph.node_specs(node);
+            let cost = node.op.cost(&x, &y);
+            // Another variant than the rule's may do more or fewer operations; only the definition's are known then.
+            let executed = match variant {
+                "auto" => node.op.executed(backend.name(), &x, &y),
+                _ => cost.flops,
+            };
+            rows.push(row(
+                format!("{}({params})", room.name),
+                node.op.name(),
+                variant,
+                (error, time),
+                (cost, executed),
+                (ceilings, options.hot),
+            )?);
+        }
+    }
+    Ok(rows)
+}
+
+fn row(
+    case: String,
+    op: &str,
+    variant: &str,
+    (error, time): (f64, Sample),
+    (cost, executed): (Cost, u64),
+    (ceilings, hot): (&Ceilings, bool),
+) -> Result<KernelReport> {
+    let rate = if hot {
+        ceilings.bandwidth(cost.bytes)
+    } else {
+        ceilings.memory()
+    };
+    let (arithmetic, memory) = (executed as f64 / ceilings.flops, cost.bytes as f64 / rate);
+    Ok(KernelReport {
+        case,
+        op: op.into(),
+        variant: variant.into(),
+        error,
+        flops: cost.flops,
+        executed,
+        bytes: cost.bytes,
+        flops_per_second: cost.flops as f64 / time.median,
+        bytes_per_second: cost.bytes as f64 / time.median,
+        intensity: cost.flops as f64 / cost.bytes.max(1) as f64,
+        roofline: arithmetic.max(memory) / time.median,
+        bound: if arithmetic >= memory {
+            "arithmetic"
+        } else {
+            "memory"
+        },
+        time,
+    })
+}
+
+/// The case with a batch that the reference can do in a second: `n` (images) or `m` (rows) cut down.
+fn smaller(room: &Room, params: &str) -> Result<String> {
+    let case = room.build(params)?;
+    let specs: Vec<_> = case.operands.iter().map(|o| o.spec.clone()).collect();
+    let y = case.op.infer(&specs).map_err(Error::input)?;
+    let flops = case.op.cost(&specs, &y).flops;
+    if flops <= CHECKED {
+        return Ok(params.into());
+    }
+    let cut = |part: &str| match part.split_once('=') {
+        Some((key @ ("n" | "m"), v)) => {
+            let v: u64 = v.trim().parse().unwrap_or(1);
+            format!("{key}={}", (v * CHECKED / flops).max(1))
+        }
+        _ => part.to_string(),
+    };
+    let parts: Vec<String> = params.split(',').map(str::trim).map(cut).collect();
+    Ok(parts.join(","))
+}
+
+/// The time of each wanted node.
+fn time_nodes(
+    backend: &dyn Backend,
+    cg: &crate::ops::check::CaseGraph,
+    compile: &CompileOptions,
+    wanted: &[usize],
+    options: &KernelOptions,
+) -> Result<BTreeMap<usize, Sample>> {
+    let mut execs: Vec<Box<dyn Exec>> = vec![];
+    let mut bytes = 0;
+    while execs.is_empty() || (!options.hot && bytes < ROTATED && execs.len() < 64) {
+        let mut exec = backend.compile(cg.graph.clone(), compile)?;
+        for (t, data, dtype) in &cg.inputs {
+            if exec.memory().place(*t).is_none() {
+                continue;
+            }
+            match dtype {
+                DType::F32 => exec.write(*t, data)?,
+                DType::U32 => exec.write_u32(*t, bytemuck::cast_slice(data))?,
+            }
+        }
+        bytes += exec.memory().bytes();
+        execs.push(exec);
+    }
+    let phases = [Phase::Forward, Phase::Backward];
+    let mut times: BTreeMap<usize, Vec<f64>> = BTreeMap::new();
+    let begin = Instant::now();
+    let limits = options.limits;
+    for run in 0.. {
+        let turn = run % execs.len();
+        for (node, t) in execs[turn].run_timed(&phases)? {
+            if run >= limits.warm_up.max(execs.len()) && wanted.contains(&node) {
+                times.entry(node).or_default().push(t.as_secs_f64());
+            }
+        }
+        let taken = times.values().map(Vec::len).min().unwrap_or(0);
+        if taken < limits.min_runs {
+            continue;
+        }
+        let narrow = |t: &Vec<f64>| Sample::of(t.clone()).spread() <= limits.precision;
+        if begin.elapsed() >= limits.time || (taken.is_multiple_of(8) && times.values().all(narrow))
+        {
+            break;
+        }
+    }
+    Ok(times.into_iter().map(|(i, t)| (i, Sample::of(t))).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::room;
+    use std::time::Duration;
+
+    fn rows(case: &str, passes: &[Pass], all_variants: bool) -> Result<Vec<KernelReport>> {
+        let cpu = crate::backend::open("cpu")?;
+        let options = KernelOptions {
+            passes: passes.to_vec(),
+            all_variants,
+            hot: true,
+            limits: Limits {
+                warm_up: 1,
+                min_runs: 2,
+                precision: 1.0,
+                time: Duration::ZERO,
+            },
+        };
+        let ceilings = Ceilings {
+            flops: 1e15,
+            bandwidth: vec![[1.0, 1e15]],
+            launch: 0.0,
+        };
+        let (name, params) = case.split_once('(').unwrap();
+        let params = params.trim_end_matches(')');
+        measure_case(cpu.as_ref(), room(name)?, params, &options, &ceilings)
+    }
+
+    #[test]
+    fn directions_and_variants() {
+        let case = "conv2d(n=1,h=8,c=16,k=16,r=3,pad=1)";
+        let r = rows(case, &[Pass::Forward, Pass::Wgrad], true).unwrap();
+        let got: Vec<(&str, &str)> = r.iter().map(|r| (&*r.op, &*r.variant)).collect();
+        for op in ["conv2d", "conv2d_wgrad"] {
+            assert!(
+                got.contains(&(op, "auto")) && got.contains(&(op, "implicit_gemm")),
+                "{got:?}"
+            );
+        }
+        assert!(!got.iter().any(|g| g.0 == "conv2d_dgrad"));
+        assert!(
+            r.iter()
+                .all(|r| r.case == case && r.error <= 1.0 && r.roofline < 1.0)
+        );
+    }
+
+    #[test]
+    fn nothing_to_time_is_said() {
+        assert!(rows("add(n=2,c=2)", &[Pass::Wgrad], false).is_err());
+        assert!(rows("add(n=2,z=2)", &[], false).is_err());
+    }
+
+    #[test]
+    fn checks_take_a_smaller_batch() {
+        let conv = room("conv2d").unwrap();
+        let small = smaller(conv, "n=8,h=56,c=64,k=64,r=3,pad=1").unwrap();
+        assert_eq!(small, "n=1,h=56,c=64,k=64,r=3,pad=1");
+        assert_eq!(smaller(conv, "n=2,h=4").unwrap(), "n=2,h=4");
+    }
+}
