@@ -2,10 +2,11 @@
 //! them. With an activation whose slope needs its operand (GELU), the value before it is a second result.
 
 use super::act::{Act, ActBwd};
-use super::conv2d::{ConvShape, wgpu};
+use super::conv2d::{ConvShape, cuda, wgpu};
 use super::{Case, Cost, Fill, Host, Op, Room, traffic};
 use crate::backend::cpu::gemm::{Mat, PackedB, column_sums, gemm, gemm_packed};
 use crate::backend::cpu::{Activation, CpuCx, CpuKernel, Epilogue};
+use crate::backend::cuda::{self as device, CudaCx};
 use crate::backend::wgpu::{Arg, WgpuCx};
 use crate::graph::autodiff::{Backward, Fwd};
 use crate::graph::{Graph, Init, Layout, Spec, Tid};
@@ -196,8 +197,28 @@ impl Op for Linear {
         wgpu::fprop(cx, &s, Arg::In(0), Arg::In(1), Arg::Out(0), ep)
     }
 
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        use device::Arg;
+        let s = product(&cx.x[0], cx.y[0].channels())?;
+        let ep = cuda::Epilogue {
+            bias: Arg::in_if(self.bias, 2),
+            addend: Arg::in_if(self.residual, self.residual_at()),
+            pre: if self.keep_pre {
+                Arg::Out(1)
+            } else {
+                Arg::Null
+            },
+            act: self.act.map_or(0, Act::code),
+        };
+        cuda::fprop(cx, &s, Arg::In(0), Arg::In(1), Arg::Out(0), ep)
+    }
+
     fn wgpu_variants(&self) -> &'static [&'static str] {
         wgpu::VARIANTS
+    }
+
+    fn cuda_variants(&self) -> &'static [&'static str] {
+        cuda::VARIANTS
     }
 }
 
@@ -297,8 +318,19 @@ impl Op for LinearDgrad {
         wgpu::dgrad(cx, &s, Arg::In(0), Arg::In(1), Arg::Out(0), addend)
     }
 
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        use device::Arg;
+        let s = product(&cx.y[0], cx.x[0].channels())?;
+        let addend = self.addend.then_some(Arg::In(2));
+        cuda::dgrad(cx, &s, Arg::In(0), Arg::In(1), Arg::Out(0), addend)
+    }
+
     fn wgpu_variants(&self) -> &'static [&'static str] {
         wgpu::VARIANTS
+    }
+
+    fn cuda_variants(&self) -> &'static [&'static str] {
+        cuda::VARIANTS
     }
 }
 
@@ -385,8 +417,23 @@ impl Op for LinearWgrad {
         Ok(())
     }
 
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        use device::Arg;
+        let outputs = cx.x[1].channels();
+        let s = product(&cx.x[0], outputs)?;
+        cuda::wgrad(cx, &s, Arg::In(0), Arg::In(1), Arg::Out(0))?;
+        if self.bias {
+            cuda::column_sums(cx, Arg::In(1), Arg::Out(1), s.n, outputs)?;
+        }
+        Ok(())
+    }
+
     fn wgpu_variants(&self) -> &'static [&'static str] {
         wgpu::VARIANTS
+    }
+
+    fn cuda_variants(&self) -> &'static [&'static str] {
+        cuda::VARIANTS
     }
 }
 

@@ -35,8 +35,6 @@ pub struct Placed {
     pub smem: u32,
     /// The parameter block.
     pub params: Vec<u8>,
-    /// Where in the block each parameter starts.
-    pub offsets: Vec<usize>,
 }
 
 /// One step of a program, in stream order.

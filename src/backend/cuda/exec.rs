@@ -3,7 +3,7 @@
 
 use super::compile::Compiler;
 use super::driver::{Count, Driver, GraphId, KernelId, ModuleId, Placed, Step};
-use super::launch::{ALIGN, Arg, Consts, CudaCx, CudaLaunch, Precision, Slot, WorkId, pack};
+use super::launch::{ALIGN, Consts, CudaCx, CudaLaunch, Precision, Slot, WorkId, pack};
 use super::sources::KernelSource;
 use crate::backend::{Backend, CompileOptions, Exec};
 use crate::graph::plan::{Limits, Memory};
@@ -338,7 +338,6 @@ impl Backend for Cuda {
                     block: launch.block,
                     smem: launch.smem,
                     params: pack(&launch.args, address)?,
-                    offsets: offsets(&launch.args),
                 }));
             }
             nodes.resize(steps.len(), i);
@@ -355,18 +354,6 @@ impl Backend for Cuda {
             _allocations: allocations,
         }))
     }
-}
-
-/// Where each parameter starts in the block that [`pack`] makes.
-fn offsets(args: &[Arg]) -> Vec<usize> {
-    let mut end = 0usize;
-    args.iter()
-        .map(|a| {
-            let start = end.next_multiple_of(a.bytes());
-            end = start + a.bytes();
-            start
-        })
-        .collect()
 }
 
 struct CudaExec {

@@ -10,6 +10,10 @@ use std::ffi::{CString, c_void};
 use std::sync::Mutex;
 use std::time::Duration;
 
+/// `CU_LAUNCH_PARAM_BUFFER_POINTER` and `CU_LAUNCH_PARAM_BUFFER_SIZE` of the driver's interface.
+const PARAM_BUFFER_POINTER: usize = 1;
+const PARAM_BUFFER_SIZE: usize = 2;
+
 /// A device of the machine.
 #[derive(Debug)]
 pub struct Real {
@@ -127,25 +131,34 @@ impl Real {
 
     fn launch(&self, p: &Placed) -> Result<()> {
         let function = self.kernels.lock().unwrap_or_else(|e| e.into_inner())[p.kernel.0];
-        let mut params: Vec<*mut c_void> = p
-            .offsets
-            .iter()
-            .map(|&o| p.params[o..].as_ptr() as *mut c_void)
-            .collect();
-        let t = |v: [u32; 3]| (v[0], v[1], v[2]);
-        // SAFETY: each pointer is to a parameter of the size that the kernel's signature has there; the driver copies
-        // them before it returns. What the kernel does with the addresses in them is the kernel's affair: `cuda:sim`
-        // checks it.
+        // The parameters go as one block, so that a structure in a kernel's signature is its members in the list.
+        let mut bytes = p.params.len();
+        let mut extra: [*mut c_void; 5] = [
+            PARAM_BUFFER_POINTER as *mut c_void,
+            p.params.as_ptr() as *mut c_void,
+            PARAM_BUFFER_SIZE as *mut c_void,
+            (&raw mut bytes).cast(),
+            std::ptr::null_mut(),
+        ];
+        let ([gx, gy, gz], [bx, by, bz]) = (p.grid, p.block);
+        // SAFETY: the block is laid out as the kernel's signature is; the driver copies it before it returns. What the
+        // kernel does with the addresses in it is the kernel's affair: `cuda:sim` checks it.
         unsafe {
-            result::launch_kernel(
+            sys::cuLaunchKernel(
                 function,
-                t(p.grid),
-                t(p.block),
+                gx,
+                gy,
+                gz,
+                bx,
+                by,
+                bz,
                 p.smem,
                 self.stream,
-                &mut params,
+                std::ptr::null_mut(),
+                extra.as_mut_ptr(),
             )
         }
+        .result()
         .map_err(failed(&p.label))
     }
 

@@ -6,12 +6,14 @@
 //! `in_proj_weight` and timm's `qkv`.
 
 pub(super) mod cpu;
+mod cuda;
 mod kernel;
 mod reference;
 mod wgpu;
 
 use super::{Case, Cost, Fill, Host, Op, Room, traffic};
 use crate::backend::cpu::{CpuCx, CpuKernel};
+use crate::backend::cuda::CudaCx;
 use crate::backend::wgpu::WgpuCx;
 use crate::graph::autodiff::{Backward, Fwd};
 use crate::graph::{Graph, Spec, Tid};
@@ -147,6 +149,14 @@ impl Op for Attention {
     fn wgpu_variants(&self) -> &'static [&'static str] {
         wgpu::VARIANTS
     }
+
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        cuda::forward(self, cx)
+    }
+
+    fn cuda_variants(&self) -> &'static [&'static str] {
+        cuda::VARIANTS
+    }
 }
 
 /// The gradient of [`Attention`]. Operands: dout, qkv, out, lse. Result: dqkv.
@@ -211,6 +221,14 @@ impl Op for AttentionBwd {
 
     fn wgpu_variants(&self) -> &'static [&'static str] {
         wgpu::VARIANTS
+    }
+
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        cuda::backward(self, cx)
+    }
+
+    fn cuda_variants(&self) -> &'static [&'static str] {
+        cuda::VARIANTS
     }
 }
 

@@ -4,6 +4,7 @@
 //! Patch embedding is the case whose stride is its kernel.
 
 pub mod cpu;
+pub mod cuda;
 mod reference;
 pub mod shape;
 pub mod wgpu;
@@ -13,6 +14,7 @@ pub use shape::ConvShape;
 use super::act::{Act, ActBwd};
 use super::{Case, Cost, Host, Op, Room, traffic};
 use crate::backend::cpu::{CpuCx, CpuKernel};
+use crate::backend::cuda::{self as device, CudaCx};
 use crate::backend::wgpu::{Arg, WgpuCx};
 use crate::graph::autodiff::{Backward, Fwd};
 use crate::graph::{Graph, Init, Layout, Spec, Tid};
@@ -203,12 +205,28 @@ impl Op for Conv2d {
         wgpu::fprop(cx, &s, Arg::In(0), Arg::In(1), Arg::Out(0), ep)
     }
 
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        use device::Arg;
+        let ep = cuda::Epilogue {
+            bias: Arg::in_if(self.bias, 2),
+            addend: Arg::in_if(self.residual, 2 + usize::from(self.bias)),
+            pre: Arg::Null,
+            act: if self.relu { Act::Relu.code() } else { 0 },
+        };
+        let s = self.shape(cx.x);
+        cuda::fprop(cx, &s, Arg::In(0), Arg::In(1), Arg::Out(0), ep)
+    }
+
     fn cpu_variants(&self) -> &'static [&'static str] {
         cpu::FPROP_VARIANTS
     }
 
     fn wgpu_variants(&self) -> &'static [&'static str] {
         wgpu::VARIANTS
+    }
+
+    fn cuda_variants(&self) -> &'static [&'static str] {
+        cuda::VARIANTS
     }
 }
 
@@ -311,12 +329,23 @@ impl Op for Conv2dDgrad {
         wgpu::dgrad(cx, &s, Arg::In(0), Arg::In(1), Arg::Out(0), addend)
     }
 
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        use device::Arg;
+        let s = self.shape(cx.x).map_err(crate::Error::run)?;
+        let addend = self.addend.then_some(Arg::In(2));
+        cuda::dgrad(cx, &s, Arg::In(0), Arg::In(1), Arg::Out(0), addend)
+    }
+
     fn cpu_variants(&self) -> &'static [&'static str] {
         cpu::VARIANTS
     }
 
     fn wgpu_variants(&self) -> &'static [&'static str] {
         wgpu::VARIANTS
+    }
+
+    fn cuda_variants(&self) -> &'static [&'static str] {
+        cuda::VARIANTS
     }
 }
 
@@ -412,12 +441,26 @@ impl Op for Conv2dWgrad {
         Ok(())
     }
 
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        use device::Arg;
+        let s = self.shape(cx.x).map_err(crate::Error::run)?;
+        cuda::wgrad(cx, &s, Arg::In(0), Arg::In(1), Arg::Out(0))?;
+        if self.bias {
+            cuda::column_sums(cx, Arg::In(1), Arg::Out(1), s.n * s.ho * s.wo, s.k)?;
+        }
+        Ok(())
+    }
+
     fn cpu_variants(&self) -> &'static [&'static str] {
         cpu::VARIANTS
     }
 
     fn wgpu_variants(&self) -> &'static [&'static str] {
         wgpu::VARIANTS
+    }
+
+    fn cuda_variants(&self) -> &'static [&'static str] {
+        cuda::VARIANTS
     }
 }
 
