@@ -523,7 +523,7 @@ impl StepReport {
     }
 }
 
-/// Most resident memory of this process since [`reset_peak_rss`], in bytes, where the system tells (Linux).
+/// Most resident memory of this process since the last measurement began, in bytes, where the system tells (Linux).
 pub fn peak_rss() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find(|l| l.starts_with("VmHWM:"))?;

@@ -77,7 +77,7 @@ pub struct Bench {
     cold: bool,
     /// Repeat until the median's 95 % interval is this many percent wide, either side
     #[arg(long, value_name = "PERCENT", default_value_t = 1.0)]
-    precision: f64,
+    interval: f64,
     /// Stop repeating after this many seconds
     #[arg(long, value_name = "S", default_value_t = 10.0)]
     seconds: f64,
@@ -143,10 +143,8 @@ fn sweep(text: &str) -> Result<Sweep, String> {
 
 impl Bench {
     pub fn run(self, g: &Global) -> Result<ExitCode> {
-        if !(self.precision > 0.0 && self.seconds >= 0.0 && self.seconds.is_finite()) {
-            return Err(Error::input(
-                "--precision and --seconds are numbers above 0",
-            ));
+        if !(self.interval > 0.0 && self.seconds >= 0.0 && self.seconds.is_finite()) {
+            return Err(Error::input("--interval and --seconds are numbers above 0"));
         }
         let name = match (&self.model, &self.target) {
             (Some(m), _) => m,
@@ -359,7 +357,7 @@ impl Bench {
 
     fn limits(&self) -> Limits {
         Limits {
-            precision: self.precision / 100.0,
+            precision: self.interval / 100.0,
             time: Duration::from_secs_f64(self.seconds.min(1e6)),
             ..Limits::default()
         }
