@@ -327,8 +327,17 @@ impl FnDecoder<'_> {
                 self.alu(Alu::Pack64, Ty::B64, r, &[slot, slot + 1]);
             }
             (8, false) => self.alu(Alu::Unpack64, Ty::B64, slot, &[r]).b = slot + 1,
-            _ if wide => {
-                return self.err("a 64-bit register for a narrower parameter is not supported");
+            // A narrower parameter in a 64-bit register: through a 32-bit one.
+            (_, true) if wide => {
+                let t = self.temp(false);
+                self.param_word(load, ty, false, t, slot, shift)?;
+                let to = if ty.signed() { Ty::S64 } else { Ty::U64 };
+                self.alu(Alu::Cvt, to, r, &[t]).ty2 = if ty.signed() { Ty::S32 } else { Ty::U32 };
+            }
+            (_, false) if wide => {
+                let t = self.temp(false);
+                self.alu(Alu::Unpack64, Ty::B64, t, &[r]).b = NONE;
+                self.param_word(load, ty, false, t, slot, shift)?;
             }
             (4, true) => {
                 self.alu(Alu::Mov, Ty::B32, r, &[slot]);

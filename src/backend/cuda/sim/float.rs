@@ -88,14 +88,19 @@ fn sum_error(a: f64, b: f64) -> (f64, f64) {
     (s, if s.is_finite() { e } else { 0.0 })
 }
 
-/// `a + b` in the given rounding.
-pub fn add(a: f32, b: f32, rnd: Rnd) -> f32 {
-    let (s, e) = sum_error(f64::from(a), f64::from(b));
-    // An exact zero sum of opposite numbers is -0 when rounding down.
+/// The sum of two doubles, rounded once.
+fn round_sum(a: f64, b: f64, rnd: Rnd) -> f32 {
+    let (s, e) = sum_error(a, b);
+    // An exact zero of opposite signs is -0 when rounding down.
     if rnd == Rnd::Down && s == 0.0 && e == 0.0 && a.is_sign_negative() != b.is_sign_negative() {
         return -0.0;
     }
     round_to_f32(s, e, rnd)
+}
+
+/// `a + b` in the given rounding.
+pub fn add(a: f32, b: f32, rnd: Rnd) -> f32 {
+    round_sum(f64::from(a), f64::from(b), rnd)
 }
 
 /// `a * b` in the given rounding.
@@ -105,8 +110,7 @@ pub fn mul(a: f32, b: f32, rnd: Rnd) -> f32 {
 
 /// `a * b + c` with one rounding.
 pub fn fma(a: f32, b: f32, c: f32, rnd: Rnd) -> f32 {
-    let (s, e) = sum_error(f64::from(a) * f64::from(b), f64::from(c));
-    round_to_f32(s, e, rnd)
+    round_sum(f64::from(a) * f64::from(b), f64::from(c), rnd)
 }
 
 /// `a / b` in the given rounding.
@@ -180,7 +184,7 @@ pub fn tanh(x: f64) -> f64 {
     let big = 1.0 - 2.0 / (e + 1.0);
     // Near zero the difference cancels.
     if x.abs() < 1e-3 {
-        x - x * x * x / 3.0
+        x * (1.0 - x * x / 3.0)
     } else {
         big
     }

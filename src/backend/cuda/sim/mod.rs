@@ -44,3 +44,6 @@ pub use launch::{LaunchOptions, launch};
 pub use memory::Memory;
 pub use module::{Entry, Module};
 pub use program::{Class, Param};
+
+#[cfg(test)]
+mod tests;
