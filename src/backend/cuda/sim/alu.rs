@@ -7,45 +7,57 @@ use super::float as fl;
 use super::program::{Alu, Cmp, Inst, Rnd};
 use super::warp::{R32, R64, Warp};
 
+/// An array from a function of the index, by a plain loop: `array::from_fn` is not inlined into code compiled for AVX2,
+/// and a call of its own there costs a call of libm's `fma`, too.
+macro_rules! fill {
+    ($ty:ty, |$l:ident| $e:expr) => {{
+        let mut t = <$ty>::default();
+        for $l in 0..t.len() {
+            t[$l] = $e;
+        }
+        t
+    }};
+}
+
 #[inline(always)]
 fn map1(w: &mut Warp, i: &Inst, m: u32, f: impl Fn(u32) -> u32) {
     let a = w.r(i.a);
-    let t: R32 = std::array::from_fn(|l| f(a[l]));
+    let t = fill!(R32, |l| f(a[l]));
     w.put(i.d, m, &t);
 }
 
 #[inline(always)]
 fn map2(w: &mut Warp, i: &Inst, m: u32, f: impl Fn(u32, u32) -> u32) {
     let (a, b) = (w.r(i.a), w.r(i.b));
-    let t: R32 = std::array::from_fn(|l| f(a[l], b[l]));
+    let t = fill!(R32, |l| f(a[l], b[l]));
     w.put(i.d, m, &t);
 }
 
 #[inline(always)]
 fn map3(w: &mut Warp, i: &Inst, m: u32, f: impl Fn(u32, u32, u32) -> u32) {
     let (a, b, c) = (w.r(i.a), w.r(i.b), w.r(i.c));
-    let t: R32 = std::array::from_fn(|l| f(a[l], b[l], c[l]));
+    let t = fill!(R32, |l| f(a[l], b[l], c[l]));
     w.put(i.d, m, &t);
 }
 
 #[inline(always)]
 fn map1w(w: &mut Warp, i: &Inst, m: u32, f: impl Fn(u64) -> u64) {
     let a = w.r64(i.a);
-    let t: R64 = std::array::from_fn(|l| f(a[l]));
+    let t = fill!(R64, |l| f(a[l]));
     w.put64(i.d, m, &t);
 }
 
 #[inline(always)]
 fn map2w(w: &mut Warp, i: &Inst, m: u32, f: impl Fn(u64, u64) -> u64) {
     let (a, b) = (w.r64(i.a), w.r64(i.b));
-    let t: R64 = std::array::from_fn(|l| f(a[l], b[l]));
+    let t = fill!(R64, |l| f(a[l], b[l]));
     w.put64(i.d, m, &t);
 }
 
 #[inline(always)]
 fn map3w(w: &mut Warp, i: &Inst, m: u32, f: impl Fn(u64, u64, u64) -> u64) {
     let (a, b, c) = (w.r64(i.a), w.r64(i.b), w.r64(i.c));
-    let t: R64 = std::array::from_fn(|l| f(a[l], b[l], c[l]));
+    let t = fill!(R64, |l| f(a[l], b[l], c[l]));
     w.put64(i.d, m, &t);
 }
 
@@ -337,7 +349,7 @@ fn exec_any(w: &mut Warp, alu: Alu, i: &Inst, m: u32) {
         }),
         (Alu::Bfi, B64) => {
             let (a, b, c) = (w.r64(i.a), w.r64(i.b), w.r(i.c));
-            let t: R64 = std::array::from_fn(|l| bfi(a[l], b[l], c[l] & 255, c[l] >> 8 & 255, 64));
+            let t = fill!(R64, |l| bfi(a[l], b[l], c[l] & 255, c[l] >> 8 & 255, 64));
             w.put64(i.d, m, &t);
         }
         (Alu::Bfi, _) => map3(w, i, m, |a, b, c| {
@@ -347,7 +359,7 @@ fn exec_any(w: &mut Warp, alu: Alu, i: &Inst, m: u32) {
         (Alu::Brev, _) => map1(w, i, m, u32::reverse_bits),
         (Alu::Clz | Alu::Popc | Alu::Bfind, B64 | U64 | S64) => {
             let a = w.r64(i.a);
-            let t: R32 = std::array::from_fn(|l| match alu {
+            let t = fill!(R32, |l| match alu {
                 Alu::Clz => a[l].leading_zeros(),
                 Alu::Popc => a[l].count_ones(),
                 _ => {
@@ -391,7 +403,7 @@ fn exec_any(w: &mut Warp, alu: Alu, i: &Inst, m: u32) {
             r
         }),
         (Alu::Lop3(t), _) => {
-            let k: [u32; 8] = std::array::from_fn(|b| if t >> b & 1 == 1 { u32::MAX } else { 0 });
+            let k = fill!([u32; 8], |b| if t >> b & 1 == 1 { u32::MAX } else { 0 });
             map3(w, i, m, |a, b, c| {
                 (k[0] & !a & !b & !c)
                     | (k[1] & !a & !b & c)
@@ -422,34 +434,34 @@ fn exec_any(w: &mut Warp, alu: Alu, i: &Inst, m: u32) {
             let p = w.p(i.c);
             if t.bytes() == 8 {
                 let (a, b) = (w.r64(i.a), w.r64(i.b));
-                let r: R64 = std::array::from_fn(|l| if p >> l & 1 == 1 { a[l] } else { b[l] });
+                let r = fill!(R64, |l| if p >> l & 1 == 1 { a[l] } else { b[l] });
                 w.put64(i.d, m, &r);
             } else {
                 let (a, b) = (w.r(i.a), w.r(i.b));
-                let r: R32 = std::array::from_fn(|l| if p >> l & 1 == 1 { a[l] } else { b[l] });
+                let r = fill!(R32, |l| if p >> l & 1 == 1 { a[l] } else { b[l] });
                 w.put(i.d, m, &r);
             }
         }
         (Alu::Slct, t) => {
             let c = w.r(i.c);
-            let ge: [bool; 32] = std::array::from_fn(|l| match i.ty2 {
+            let ge = fill!([bool; 32], |l| match i.ty2 {
                 S32 => c[l] as i32 >= 0,
                 _ => fl::flush(f32::from_bits(c[l]), i.ftz) >= 0.0,
             });
             if t.bytes() == 8 {
                 let (a, b) = (w.r64(i.a), w.r64(i.b));
-                let r: R64 = std::array::from_fn(|l| if ge[l] { a[l] } else { b[l] });
+                let r = fill!(R64, |l| if ge[l] { a[l] } else { b[l] });
                 w.put64(i.d, m, &r);
             } else {
                 let (a, b) = (w.r(i.a), w.r(i.b));
-                let r: R32 = std::array::from_fn(|l| if ge[l] { a[l] } else { b[l] });
+                let r = fill!(R32, |l| if ge[l] { a[l] } else { b[l] });
                 w.put(i.d, m, &r);
             }
         }
         (Alu::Pack32, _) => map2(w, i, m, |a, b| a & 0xffff | b << 16),
         (Alu::Pack64, _) => {
             let (a, b) = (w.r(i.a), w.r(i.b));
-            let r: R64 = std::array::from_fn(|l| u64::from(a[l]) | u64::from(b[l]) << 32);
+            let r = fill!(R64, |l| u64::from(a[l]) | u64::from(b[l]) << 32);
             w.put64(i.d, m, &r);
         }
         (Alu::Unpack32, _) => {
@@ -521,7 +533,7 @@ fn exec_any(w: &mut Warp, alu: Alu, i: &Inst, m: u32) {
             } else {
                 u32::MAX
             };
-            let r: R32 = std::array::from_fn(|l| if t >> l & 1 == 1 { one } else { 0 });
+            let r = fill!(R32, |l| if t >> l & 1 == 1 { one } else { 0 });
             w.put(i.d, m, &r);
         }
         (_, U16 | S16) => int16_op(w, alu, i, m),
@@ -538,9 +550,10 @@ fn s24(x: u32) -> i32 {
 fn mul_wide(w: &mut Warp, alu: Alu, i: &Inst, m: u32) {
     let (a, b) = (w.r(i.a), w.r(i.b));
     let mut t: R64 = if i.ty == Ty::U32 {
-        std::array::from_fn(|l| u64::from(a[l]) * u64::from(b[l]))
+        fill!(R64, |l| u64::from(a[l]) * u64::from(b[l]))
     } else {
-        std::array::from_fn(|l| (i64::from(a[l] as i32) * i64::from(b[l] as i32)) as u64)
+        fill!(R64, |l| (i64::from(a[l] as i32) * i64::from(b[l] as i32))
+            as u64)
     };
     if alu == Alu::MadWide {
         let c = w.r64(i.c);
@@ -557,7 +570,7 @@ fn shift(w: &mut Warp, alu: Alu, i: &Inst, m: u32) {
     match i.ty.bytes() {
         8 => {
             let (a, b) = (w.r64(i.a), w.r(i.b));
-            let t: R64 = std::array::from_fn(|l| {
+            let t = fill!(R64, |l| {
                 let n = b[l];
                 match (left, i.ty.signed()) {
                     (true, _) => a[l].checked_shl(n).unwrap_or(0),
@@ -599,7 +612,7 @@ fn bfe(a: u64, pos: u32, len: u32, width: u32, signed: bool) -> u64 {
 
 fn bfe64(w: &mut Warp, i: &Inst, m: u32, signed: bool) {
     let (a, b, c) = (w.r64(i.a), w.r(i.b), w.r(i.c));
-    let t: R64 = std::array::from_fn(|l| bfe(a[l], b[l] & 255, c[l] & 255, 64, signed));
+    let t = fill!(R64, |l| bfe(a[l], b[l] & 255, c[l] & 255, 64, signed));
     w.put64(i.d, m, &t);
 }
 
@@ -677,7 +690,7 @@ fn cvt_pack(w: &mut Warp, i: &Inst, m: u32) {
 /// A lane mask from a test of every lane.
 #[inline(always)]
 fn mask(f: impl Fn(usize) -> bool) -> u32 {
-    let t: [u8; 32] = std::array::from_fn(|l| u8::from(f(l)) * 255);
+    let t = fill!([u8; 32], |l| u8::from(f(l)) * 255);
     pack(&t)
 }
 

@@ -269,6 +269,22 @@ pub fn wavefronts(addrs: &[u32], lanes: &[u8], n: u32) -> (u64, u64) {
         while end < addrs.len() && lanes[end] / group == g {
             end += 1;
         }
+        // Lanes whose aligned pieces fall on different banks, or are the same, need one wavefront.
+        let slots = (128 / n.max(4)) as usize;
+        let mut table = [u32::MAX; 32];
+        let free = addrs[i..end].iter().all(|a| {
+            let piece = a / n.max(4);
+            let t = &mut table[piece as usize % slots];
+            let ok = *t == u32::MAX || *t == piece;
+            *t = piece;
+            ok
+        });
+        if free {
+            total += 1;
+            ideal += 1;
+            i = end;
+            continue;
+        }
         // The deepest bank decides. Words seen are few: a small table by bank with a chain through the entries.
         let mut depth = [0u8; 32];
         let mut seen: [[u32; 4]; 32] = [[0; 4]; 32];

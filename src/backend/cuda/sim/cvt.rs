@@ -13,14 +13,20 @@ pub fn exec(w: &mut Warp, i: &Inst, m: u32) {
     macro_rules! to32 {
         ($f:expr) => {{
             let a = w.r(i.a);
-            let t: R32 = std::array::from_fn(|l| $f(a[l]));
+            let mut t: R32 = [0; 32];
+            for l in 0..32 {
+                t[l] = $f(a[l]);
+            }
             w.put(i.d, m, &t);
         }};
     }
     macro_rules! to64 {
         ($f:expr) => {{
             let a = w.r(i.a);
-            let t: R64 = std::array::from_fn(|l| $f(a[l]));
+            let mut t: R64 = [0; 32];
+            for l in 0..32 {
+                t[l] = $f(a[l]);
+            }
             w.put64(i.d, m, &t);
         }};
     }
@@ -29,7 +35,7 @@ pub fn exec(w: &mut Warp, i: &Inst, m: u32) {
         (U64 | S64, S32) if !i.sat => to64!(|x: u32| i64::from(x as i32) as u64),
         (U32 | S32, U64 | S64) if !i.sat => {
             let a = w.r64(i.a);
-            let t: R32 = std::array::from_fn(|l| a[l] as u32);
+            let t: R32 = a.map(|x| x as u32);
             w.put(i.d, m, &t);
         }
         (U32 | S32, U16) if !i.sat => to32!(|x: u32| x & 0xffff),

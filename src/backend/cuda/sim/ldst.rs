@@ -577,6 +577,11 @@ impl Block<'_> {
                             | u64::from(self.shared.read(at + 4, 4)) << 32;
                         self.set(wi, a, k as usize, l, v);
                     }
+                } else if size == 4 && !a.wide {
+                    let (d, sh) = (self.warps[wi].r_mut(a.regs[k as usize]), &self.shared);
+                    for l in lanes(m) {
+                        d[l] = sh.read(addr[l] as u32 + 4 * k, 4);
+                    }
                 } else {
                     for l in lanes(m) {
                         let v = self.shared.read(addr[l] as u32 + size * k, size);
@@ -586,23 +591,28 @@ impl Block<'_> {
             }
             return Ok(());
         }
+        // Addresses that differ modulo 64 pieces differ: the usual case, told apart without comparing all pairs.
+        let seen = lanes(m).fold(0u64, |s, l| s | 1 << (addr[l] / u64::from(n) % 64));
+        let distinct = seen.count_ones() == m.count_ones();
         for l in lanes(m) {
             let at = addr[l] as u32;
             if checks {
                 // Lanes that write the same value to one place in one instruction are no race.
-                let twin = lanes(m & ((1 << l) - 1)).any(|o| addr[o] == addr[l])
-                    && lanes(m & ((1 << l) - 1))
-                        .filter(|&o| addr[o] == addr[l])
-                        .all(|o| {
-                            (0..a.vec as usize).all(|k| {
-                                let keep = if size == 8 {
-                                    u64::MAX
-                                } else {
-                                    (1 << (8 * size)) - 1
-                                };
-                                self.get(wi, a, k, o) & keep == self.get(wi, a, k, l) & keep
-                            })
-                        });
+                let before = m & ((1 << l) - 1);
+                let mut same = lanes(if distinct { 0 } else { before })
+                    .filter(|&o| addr[o] == addr[l])
+                    .peekable();
+                let twin = same.peek().is_some()
+                    && same.all(|o| {
+                        (0..a.vec as usize).all(|k| {
+                            let keep = if size == 8 {
+                                u64::MAX
+                            } else {
+                                (1 << (8 * size)) - 1
+                            };
+                            self.get(wi, a, k, o) & keep == self.get(wi, a, k, l) & keep
+                        })
+                    });
                 if twin {
                     continue;
                 }

@@ -317,15 +317,17 @@ fn mma_any(w: &mut Warp, x: &Mma) {
             }
         }
     }
-    for (row, d) in d.iter_mut().enumerate() {
-        let mut acc = *d;
-        for kk in 0..k {
-            let x = a[kk][row];
-            for n in 0..8 {
-                acc[n] = x.mul_add(b[kk][n], acc[n]);
+    // Four rows at a time, so that there are enough independent sums.
+    for r in (0..16).step_by(4) {
+        let mut acc = [d[r], d[r + 1], d[r + 2], d[r + 3]];
+        for (a, b) in a.iter().zip(&b).take(k) {
+            for i in 0..4 {
+                for n in 0..8 {
+                    acc[i][n] = a[r + i].mul_add(b[n], acc[i][n]);
+                }
             }
         }
-        *d = acc;
+        d[r..r + 4].copy_from_slice(&acc);
     }
     if x.half_acc {
         for r in 0..2 {
