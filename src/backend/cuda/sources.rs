@@ -40,6 +40,7 @@ pub const EMBEDDED: &[(&str, &str)] = embedded![
     "random.cu",
     "reduce.cu",
     "tokens.cu",
+    "window_attention.cu",
 ];
 
 /// Where sources come from.

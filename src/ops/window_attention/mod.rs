@@ -9,12 +9,14 @@
 //! relative position table.
 
 mod cpu;
+mod cuda;
 mod reference;
 mod wgpu;
 
 use super::attention::Extents;
 use super::{Case, Cost, Fill, Host, Op, Room, traffic};
 use crate::backend::cpu::{CpuCx, CpuKernel};
+use crate::backend::cuda::CudaCx;
 use crate::backend::wgpu::WgpuCx;
 use crate::graph::autodiff::{Backward, Fwd};
 use crate::graph::{Graph, Spec, Tid};
@@ -199,6 +201,10 @@ impl Op for WindowAttention {
     fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
         wgpu::forward(self, cx)
     }
+
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        cuda::forward(self, cx)
+    }
 }
 
 /// The gradient of [`WindowAttention`]. Operands: dout, qkv, out, lse, table. Results: dqkv, dtable.
@@ -251,6 +257,10 @@ impl Op for WindowAttentionBwd {
 
     fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
         wgpu::backward(self, cx)
+    }
+
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        cuda::backward(self, cx)
     }
 }
 
