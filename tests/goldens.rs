@@ -126,7 +126,6 @@ fn logits_and_features_are_pytorchs_on_cpu() {
 }
 
 #[test]
-#[ignore = "some ops have no WGSL kernel yet"]
 fn logits_and_features_are_pytorchs_on_wgpu() {
     logits_and_features("wgpu");
 }
@@ -206,7 +205,6 @@ fn gradients_are_pytorchs_on_cpu() {
 }
 
 #[test]
-#[ignore = "some ops have no WGSL kernel yet"]
 fn gradients_are_pytorchs_on_wgpu() {
     gradients("wgpu");
 }

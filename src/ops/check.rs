@@ -454,12 +454,7 @@ mod tests {
                     ..Default::default()
                 })
                 .unwrap();
-                all_cases(
-                    |room, params| match run_case(room, params, &wgpu, &options) {
-                        Err(e) if e.to_string().contains("has no WGSL kernel") => Ok(vec![]),
-                        found => found,
-                    },
-                );
+                all_cases(|room, params| run_case(room, params, &wgpu, &options));
             }
         }
     }

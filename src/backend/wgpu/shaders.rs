@@ -17,6 +17,7 @@ macro_rules! embedded {
 /// Every file of `shaders/`, as built into the program.
 pub const EMBEDDED: &[(&str, &str)] = embedded![
     "attention.wgsl",
+    "attention_lanes.wgsl",
     "augment.wgsl",
     "batch_norm.wgsl",
     "ceiling.wgsl",

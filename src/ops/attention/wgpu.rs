@@ -1,21 +1,28 @@
-//! Launches of shaders/attention.wgsl.
+//! Launches of shaders/attention_lanes.wgsl (software adapters with 8 lanes) and shaders/attention.wgsl (GPUs, and head
+//! sizes that are not a multiple of eight).
 
 use super::{Attention, AttentionBwd, Extents};
 use crate::backend::wgpu::{Arg, Launch, WgpuCx, fold};
 use crate::{Error, Result};
 
-/// Names of the kernel variants.
-pub(super) const VARIANTS: &[&str] = &["auto"];
+/// Names of the kernel variants; the first stands for the rule in [`lanes`].
+pub(super) const VARIANTS: &[&str] = &["auto", "lanes", "tile"];
 
-/// Constants of the shader for a head size: items of four floats where it can be cut so.
-fn consts(dim: usize) -> Vec<(&'static str, String)> {
+type Consts = Vec<(&'static str, String)>;
+
+fn set(name: &'static str, value: usize) -> (&'static str, String) {
+    (name, value.to_string())
+}
+
+/// Constants of shaders/attention.wgsl for a head size: items of four floats where it can be cut so.
+fn tile_consts(dim: usize) -> Consts {
     let width = if dim.is_multiple_of(4) { 4 } else { 1 };
     // Two tiles within 12 KB of workgroup memory.
     let tile = (12 * 1024 / (8 * dim)).clamp(1, 16);
     let mut consts = vec![
-        ("WIDTH", width.to_string()),
-        ("ITEMS", (dim / width).to_string()),
-        ("TILE", tile.to_string()),
+        set("WIDTH", width),
+        set("ITEMS", dim / width),
+        set("TILE", tile),
     ];
     if width == 1 {
         for (name, ty) in [("T", "f32"), ("I", "i32"), ("U", "u32")] {
@@ -25,21 +32,78 @@ fn consts(dim: usize) -> Vec<(&'static str, String)> {
     consts
 }
 
+/// The choice between the two kernels.
+fn lanes(cx: &WgpuCx, dim: usize) -> Result<bool> {
+    let can = cx.traits.lanes8() && dim.is_multiple_of(8) && dim <= 128;
+    match cx.variant {
+        Some("tile") => Ok(false),
+        Some("lanes") if !can => Err(Error::input(format!(
+            "the lanes kernel wants an adapter with subgroups of 8 and a head size in eights up to 128, not {dim}"
+        ))),
+        _ => Ok(can),
+    }
+}
+
+/// Octets of rows per tile, of at most `most`: few rows beyond the tokens, but many rows for every load.
+fn octets(tokens: usize, most: usize) -> usize {
+    let cost = |n: usize| tokens.div_ceil(8 * n) * (8 * n * 2 + 24);
+    (1..=most).min_by_key(|&n| (cost(n), n)).unwrap_or(1)
+}
+
+/// Launches over the heads of some images.
 struct Heads {
     extents: Extents,
-    consts: Vec<(&'static str, String)>,
+    lanes: bool,
 }
 
 impl Heads {
-    fn new(extents: Extents) -> Self {
-        let consts = consts(extents.dim);
-        Heads { extents, consts }
+    /// One of the kernels over all queries (or keys): 64 to a workgroup, or for lanes up to `most` octets. `tiles` is the
+    /// number of score tiles that the lane kernel keeps in workgroup memory.
+    fn rows(
+        &self,
+        cx: &mut WgpuCx,
+        entry: &'static str,
+        images: usize,
+        args: Vec<Arg>,
+        (most, tiles): (usize, usize),
+    ) -> Result<()> {
+        let Extents { tokens, dim, .. } = self.extents;
+        let mut per_group = 64;
+        let mut kernel = ("attention.wgsl", tile_consts(dim));
+        if self.lanes {
+            let (own, other) = (octets(tokens, most), octets(tokens, 4));
+            per_group = 8 * own;
+            let bytes = own * (other * 256 * tiles + 32);
+            let subs = tokens
+                .div_ceil(8 * other)
+                .min(cx.traits.workgroup_memory as usize / bytes);
+            // The largest even number of quads up to 8 that divides the head.
+            let block = (1..=4).rev().find(|b| (dim / 8).is_multiple_of(*b));
+            let block = 2 * block.unwrap_or(1);
+            let consts = vec![
+                set("D4", dim / 4),
+                set("QG", own),
+                set("KO", other),
+                set("KQ", 2 * other),
+                set("SUBS", subs.max(1)),
+                set("CB", block),
+                set("VL", block / 2),
+            ];
+            kernel = ("attention_lanes.wgsl", consts);
+        }
+        let groups = [
+            tokens.div_ceil(per_group) as u32,
+            (images * self.extents.heads) as u32,
+            1,
+        ];
+        self.launch(cx, (kernel.0, entry), kernel.1, images, args, groups)
     }
 
     fn launch(
         &self,
         cx: &mut WgpuCx,
-        entry: &'static str,
+        (shader, entry): (&'static str, &'static str),
+        consts: Consts,
         images: usize,
         args: Vec<Arg>,
         groups: [u32; 3],
@@ -49,38 +113,36 @@ impl Heads {
         let mut params = sizes.map(|v| v as u32).to_vec();
         params.push(e.scale.to_bits());
         cx.launch(Launch {
-            shader: "attention.wgsl",
+            shader,
             entry,
-            consts: self.consts.clone(),
+            consts,
             args,
             params,
             groups,
         })
     }
-
-    /// Workgroups of 64 queries or keys for every head of `images`.
-    fn groups(&self, images: usize) -> [u32; 3] {
-        let e = self.extents;
-        [e.tokens.div_ceil(64) as u32, (images * e.heads) as u32, 1]
-    }
 }
 
 pub(super) fn forward(op: &Attention, cx: &mut WgpuCx) -> Result<()> {
     let e = Extents::of(&cx.x[0], op.heads, op.scale).map_err(Error::run)?;
-    let heads = Heads::new(e);
+    let heads = Heads {
+        extents: e,
+        lanes: lanes(cx, e.dim)?,
+    };
     let width = e.tokens * e.heads * e.dim;
     let rows = e.heads * e.tokens;
     let pairs = if op.probs { rows * e.tokens } else { 1 };
     for cut in cx.cuts(e.images, &[3 * width, width, rows, pairs])? {
         let qkv = cut.of(Arg::In(0), 3 * width);
         let (out, lse) = (cut.of(Arg::Out(0), width), cut.of(Arg::Out(1), rows));
-        let groups = heads.groups(cut.rows);
-        heads.launch(cx, "forward", cut.rows, vec![qkv, out, lse], groups)?;
+        heads.rows(cx, "forward", cut.rows, vec![qkv, out, lse], (4, 1))?;
         if op.probs {
             let probs = cut.of(Arg::Out(2), pairs);
-            let groups = [groups[0], e.tokens as u32, groups[1]];
+            let groups = [e.tokens.div_ceil(64), e.tokens, cut.rows * e.heads];
+            let kernel = ("attention.wgsl", "probabilities");
             let args = vec![qkv, out, lse, probs];
-            heads.launch(cx, "probabilities", cut.rows, args, groups)?;
+            let groups = groups.map(|v| v as u32);
+            heads.launch(cx, kernel, tile_consts(e.dim), cut.rows, args, groups)?;
         }
     }
     Ok(())
@@ -88,7 +150,10 @@ pub(super) fn forward(op: &Attention, cx: &mut WgpuCx) -> Result<()> {
 
 pub(super) fn backward(op: &AttentionBwd, cx: &mut WgpuCx) -> Result<()> {
     let e = Extents::of(&cx.x[1], op.heads, op.scale).map_err(Error::run)?;
-    let heads = Heads::new(e);
+    let heads = Heads {
+        extents: e,
+        lanes: lanes(cx, e.dim)?,
+    };
     let width = e.tokens * e.heads * e.dim;
     let rows = e.heads * e.tokens;
     let cuts = cx.cuts(e.images, &[3 * width, width, rows])?;
@@ -101,10 +166,11 @@ pub(super) fn backward(op: &AttentionBwd, cx: &mut WgpuCx) -> Result<()> {
         let dqkv = cut.of(Arg::Out(0), 3 * width);
         let args = vec![qkv, out, lse, dout, delta, dqkv];
         let lines = fold(cut.rows * rows, 64);
-        heads.launch(cx, "deltas", cut.rows, args.clone(), lines)?;
-        let groups = heads.groups(cut.rows);
-        heads.launch(cx, "backward_q", cut.rows, args.clone(), groups)?;
-        heads.launch(cx, "backward_kv", cut.rows, args, groups)?;
+        let kernel = ("attention.wgsl", "deltas");
+        let consts = tile_consts(e.dim);
+        heads.launch(cx, kernel, consts, cut.rows, args.clone(), lines)?;
+        heads.rows(cx, "backward_q", cut.rows, args.clone(), (4, 1))?;
+        heads.rows(cx, "backward_kv", cut.rows, args, (4, 2))?;
     }
     Ok(())
 }
