@@ -140,15 +140,16 @@ fn forward(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: v
 //#for u VL
                     v[${u}] = qkv[first + min(tile + (sub * KQ + j) * 4u + (${u}u * 8u + l) / CB, last) * 3u * h4 + 2u * h4 + block + (${u}u * 8u + l) % CB];
 //#end
-//#for t 4
 //#for c CB
                     {
-                        let x = subgroupBroadcast(v[(${t}u * CB + ${c}u) / 8u], (${t}u * CB + ${c}u) % 8u);
+//#for t 4
+                        let x${t} = subgroupBroadcast(v[(${t}u * CB + ${c}u) / 8u], (${t}u * CB + ${c}u) % 8u);
+//#end
 //#for g QG
-                        acc[${g}u * CB + ${c}u] = fma(vec4(w${g}[${t}]), x, acc[${g}u * CB + ${c}u]);
+                        acc[${g}u * CB + ${c}u] = fma(vec4(w${g}.w), x3, fma(vec4(w${g}.z), x2,
+                            fma(vec4(w${g}.y), x1, fma(vec4(w${g}.x), x0, acc[${g}u * CB + ${c}u]))));
 //#end
                     }
-//#end
 //#end
                 }
             }
@@ -276,15 +277,16 @@ fn backward_q(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg
 //#for u VL
                     v[${u}] = qkv[first + min(tile + (sub * KQ + j) * 4u + (${u}u * 8u + l) / CB, last) * 3u * h4 + h4 + block + (${u}u * 8u + l) % CB];
 //#end
-//#for t 4
 //#for c CB
                     {
-                        let x = subgroupBroadcast(v[(${t}u * CB + ${c}u) / 8u], (${t}u * CB + ${c}u) % 8u);
+//#for t 4
+                        let x${t} = subgroupBroadcast(v[(${t}u * CB + ${c}u) / 8u], (${t}u * CB + ${c}u) % 8u);
+//#end
 //#for g QG
-                        acc[${g}u * CB + ${c}u] = fma(vec4(w${g}[${t}]), x, acc[${g}u * CB + ${c}u]);
+                        acc[${g}u * CB + ${c}u] = fma(vec4(w${g}.w), x3, fma(vec4(w${g}.z), x2,
+                            fma(vec4(w${g}.y), x1, fma(vec4(w${g}.x), x0, acc[${g}u * CB + ${c}u]))));
 //#end
                     }
-//#end
 //#end
                 }
             }
@@ -416,15 +418,16 @@ fn backward_kv(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) w
 //#for u VL
                     v[${u}] = qkv[first + min(tile + (sub * KQ + j) * 4u + (${u}u * 8u + l) / CB, last) * 3u * h4 + block + (${u}u * 8u + l) % CB];
 //#end
-//#for t 4
 //#for c CB
                     {
-                        let x = subgroupBroadcast(v[(${t}u * CB + ${c}u) / 8u], (${t}u * CB + ${c}u) % 8u);
+//#for t 4
+                        let x${t} = subgroupBroadcast(v[(${t}u * CB + ${c}u) / 8u], (${t}u * CB + ${c}u) % 8u);
+//#end
 //#for g QG
-                        acc[${g}u * CB + ${c}u] = fma(vec4(w${g}[${t}]), x, acc[${g}u * CB + ${c}u]);
+                        acc[${g}u * CB + ${c}u] = fma(vec4(w${g}.w), x3, fma(vec4(w${g}.z), x2,
+                            fma(vec4(w${g}.y), x1, fma(vec4(w${g}.x), x0, acc[${g}u * CB + ${c}u]))));
 //#end
                     }
-//#end
 //#end
                 }
             }
@@ -455,15 +458,16 @@ fn backward_kv(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) w
 //#for u VL
                     v[${u}] = dout[first_out + min(tile + (sub * KQ + j) * 4u + (${u}u * 8u + l) / CB, last) * h4 + block + (${u}u * 8u + l) % CB];
 //#end
-//#for t 4
 //#for c CB
                     {
-                        let x = subgroupBroadcast(v[(${t}u * CB + ${c}u) / 8u], (${t}u * CB + ${c}u) % 8u);
+//#for t 4
+                        let x${t} = subgroupBroadcast(v[(${t}u * CB + ${c}u) / 8u], (${t}u * CB + ${c}u) % 8u);
+//#end
 //#for g QG
-                        acc[${g}u * CB + ${c}u] = fma(vec4(w${g}[${t}]), x, acc[${g}u * CB + ${c}u]);
+                        acc[${g}u * CB + ${c}u] = fma(vec4(w${g}.w), x3, fma(vec4(w${g}.z), x2,
+                            fma(vec4(w${g}.y), x1, fma(vec4(w${g}.x), x0, acc[${g}u * CB + ${c}u]))));
 //#end
                     }
-//#end
 //#end
                 }
             }

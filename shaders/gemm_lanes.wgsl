@@ -156,15 +156,16 @@ fn dgrad(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: vec
 //#for u CO
                 b[${u}] = w[w${u} + tap + k * 4u * stride];
 //#end
-//#for t 4
 //#for j CQ
                 {
-                    let v = subgroupBroadcast(b[(${t}u * CQ + ${j}u) / 8u], (${t}u * CQ + ${j}u) % 8u);
+//#for t 4
+                    let v${t} = subgroupBroadcast(b[(${t}u * CQ + ${j}u) / 8u], (${t}u * CQ + ${j}u) % 8u);
+//#end
 //#for g RG
-                    acc[${g}u * CQ + ${j}u] = fma(vec4(a${g}[${t}]), v, acc[${g}u * CQ + ${j}u]);
+                    acc[${g}u * CQ + ${j}u] = fma(vec4(a${g}.w), v3, fma(vec4(a${g}.z), v2,
+                        fma(vec4(a${g}.y), v1, fma(vec4(a${g}.x), v0, acc[${g}u * CQ + ${j}u]))));
 //#end
                 }
-//#end
 //#end
             }
             js++;
@@ -230,22 +231,23 @@ fn wgrad(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: vec
             }
 //#end
 //#for t 4
-            {
 //#for m NC
-                let xx${m} = u32(i32((q0 + ${t}u) * p.sw) + dx${m});
-                let ok${m} = in${m} && xx${m} < p.w && q0 + ${t}u < p.q && pixel0 + ${t}u < p.pixels;
-                let v${m} = select(vec4(0.0), x[select(0u, (x${m} + xx${m}) * ct4 + ch${m}, ok${m})], ok${m});
+            let xx${t}_${m} = u32(i32((q0 + ${t}u) * p.sw) + dx${m});
+            let ok${t}_${m} = in${m} && xx${t}_${m} < p.w && q0 + ${t}u < p.q && pixel0 + ${t}u < p.pixels;
+            let v${t}_${m} = select(vec4(0.0), x[select(0u, (x${m} + xx${t}_${m}) * ct4 + ch${m}, ok${t}_${m})], ok${t}_${m});
 //#end
+//#end
+            // Four pixels to a sum, so that it is fetched from the stack once for four multiply-adds.
 //#for j CQ
-                {
-                    let k = subgroupBroadcast(d[(${t}u * CQ + ${j}u) / 8u], (${t}u * CQ + ${j}u) % 8u);
-//#for m NC
-                    acc[(${j}u * 4u) * NC + ${m}u] = fma(vec4(k.x), v${m}, acc[(${j}u * 4u) * NC + ${m}u]);
-                    acc[(${j}u * 4u + 1u) * NC + ${m}u] = fma(vec4(k.y), v${m}, acc[(${j}u * 4u + 1u) * NC + ${m}u]);
-                    acc[(${j}u * 4u + 2u) * NC + ${m}u] = fma(vec4(k.z), v${m}, acc[(${j}u * 4u + 2u) * NC + ${m}u]);
-                    acc[(${j}u * 4u + 3u) * NC + ${m}u] = fma(vec4(k.w), v${m}, acc[(${j}u * 4u + 3u) * NC + ${m}u]);
+            {
+//#for t 4
+                let k${t} = subgroupBroadcast(d[(${t}u * CQ + ${j}u) / 8u], (${t}u * CQ + ${j}u) % 8u);
 //#end
-                }
+//#for e 4
+//#for m NC
+                acc[(${j}u * 4u + ${e}u) * NC + ${m}u] = fma(vec4(k3[${e}]), v3_${m}, fma(vec4(k2[${e}]), v2_${m},
+                    fma(vec4(k1[${e}]), v1_${m}, fma(vec4(k0[${e}]), v0_${m}, acc[(${j}u * 4u + ${e}u) * NC + ${m}u]))));
+//#end
 //#end
             }
 //#end

@@ -459,6 +459,49 @@ mod tests {
         }
     }
 
+    /// Tensors larger than one binding are worked on in parts, never refused.
+    #[test]
+    fn wgpu_splits_what_a_binding_cannot_hold() {
+        use crate::backend::wgpu::{Wgpu, WgpuOptions};
+        if let Err(e) = crate::backend::wgpu::adapters() {
+            assert!(std::env::var("CI").is_err(), "{e}");
+            println!("skipped: {e}");
+            return;
+        }
+        for gpu_kernels in [false, true] {
+            let wgpu = Wgpu::open(&WgpuOptions {
+                checked: true,
+                gpu_kernels,
+                max_binding: Some(32 << 10),
+                ..Default::default()
+            })
+            .unwrap();
+            for (op, params) in [
+                ("conv2d", "n=8,h=16,c=8,k=16,r=3,pad=1,stride=2"),
+                ("linear", "m=600,i=32,o=64,bias=1,act=gelu"),
+                ("layer_norm", "n=30,t=10,c=64"),
+                ("batch_norm", "n=8,h=16,w=16,c=16,relu=1"),
+                ("attention", "n=6,t=17,h=3,d=16"),
+            ] {
+                let room = crate::ops::room(op).unwrap();
+                let options = CompileOptions {
+                    poison: true,
+                    ..Default::default()
+                };
+                for f in run_case(room, params, &wgpu, &options).unwrap() {
+                    assert!(
+                        f.ok(),
+                        "{op}({params}) {}: {} for {} at {}",
+                        f.tensor,
+                        f.got,
+                        f.want,
+                        f.index
+                    );
+                }
+            }
+        }
+    }
+
     /// The real CUDA kernels with their real launch code, compiled by NVRTC, in the simulator: every variant in every
     /// precision.
     #[test]

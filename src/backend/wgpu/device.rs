@@ -18,6 +18,8 @@ pub struct WgpuOptions {
     pub checked: bool,
     /// Use the kernels meant for real GPUs on a software adapter too, for tests.
     pub gpu_kernels: bool,
+    /// At most this many bytes to a binding, however many the adapter takes, for tests.
+    pub max_binding: Option<usize>,
 }
 
 /// What kernels are chosen by.
@@ -176,11 +178,11 @@ impl WgpuDevice {
     /// Opens the best adapter, or the one named in `options`.
     ///
     /// # Errors
-    /// [`Error::Run`] where there is no adapter or it refuses; [`Error::Input`] where none has that name.
+    /// [`Error::Input`] where there is no adapter or none has that name; [`Error::Run`] where it refuses.
     pub fn open(options: &WgpuOptions) -> Result<WgpuDevice> {
         let found = sorted_adapters();
         if found.is_empty() {
-            return Err(Error::run(NO_ADAPTER));
+            return Err(Error::input(NO_ADAPTER));
         }
         let adapter = match &options.adapter {
             None => &found[0],
@@ -215,6 +217,17 @@ impl WgpuDevice {
                 .unwrap_or_else(|p| p.into_inner())
                 .get_or_insert(e.to_string());
         }));
+        let slot = lost.clone();
+        device.set_device_lost_callback(move |reason, why| {
+            if reason != wgpu::DeviceLostReason::Destroyed {
+                slot.lock()
+                    .unwrap_or_else(|p| p.into_inner())
+                    .get_or_insert(format!("the device was lost: {why}"));
+            }
+        });
+        if let Some(most) = options.max_binding {
+            report.traits.max_binding = report.traits.max_binding.min(most);
+        }
         if options.gpu_kernels {
             report.traits.software = false;
             report.traits.subgroups = false;
