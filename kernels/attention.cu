@@ -10,11 +10,12 @@
 //             same bits every time. The price is a second Q K^T and dout V^T (7 products in place of 5).
 //   probs     the probabilities, for analysis: [N, H, T, T]
 //
-// Constants: RUNG; D the head size, DP the same rounded up to 16 (the rest is zeros); VEC 4 where D is in fours, else
+// Constants: RUNG; ROUND 0, 1 or 2 where rungs 0 and 1 round operands to nothing, tf32, bf16; D the head size, DP the same rounded up to 16 (the rest is zeros); VEC 4 where D is in fours, else
 // 1; TILE columns that pass by at once, BLOCK rows of dq and dkv; for mma ELEMENT (float for tf32, bf16).
 // Grid: blocks of rows of all heads, those of one head side by side, so that its keys stay in L2.
 // The ladder:
-//   0 naive  a warp owns a query (or key), a lane every 32nd channel; two passes, as softmax is defined. Any head size.
+//   0 naive  a warp owns a query (or key): for the scores a lane is a key, for the result every 32nd channel; two passes,
+//            as softmax is defined. Any head size.
 //   1 simt   float32. 256 threads as 16 x 16, a thread BLOCK/16 x TILE/16 scores in registers; every value loaded from
 //            shared memory feeds four products. Probabilities change hands through shared memory.
 //            Shared memory, D = 64: forward 72,704 bytes, backward 90,112.
@@ -37,6 +38,18 @@
 #endif
 
 #define LOWEST __uint_as_float(0xff800000u)  // minus infinity
+
+#ifndef ROUND
+#define ROUND 0
+#endif
+
+// An operand in the run's precision. Every rung rounds alike: with one's lse and another's scores, probabilities would
+// not sum to one where scores are large.
+__device__ __forceinline__ float rounded(float x) {
+    if constexpr (ROUND == 1) return __uint_as_float(tf32_round(x));
+    if constexpr (ROUND == 2) return __uint_as_float(bf16_pair(0.0f, x) & 0xffff0000u);
+    return x;
+}
 
 struct Heads {
     unsigned tokens, heads, rows;  // rows: of all heads and images
@@ -89,16 +102,14 @@ attention_deltas(const float* __restrict__ dout, const float* __restrict__ out, 
 
 constexpr int ITEMS = (D + 31) / 32;
 
+// A lane's channels: every 32nd.
 struct Channels {
-    float v[ITEMS];
-    __device__ explicit Channels(const float* from = nullptr) {
-#pragma unroll
-        for (int i = 0; i < ITEMS; ++i) v[i] = from && channel(i) < D ? from[channel(i)] : 0.0f;
-    }
+    float v[ITEMS] = {};
     static __device__ int channel(int i) { return threadIdx.x % 32 + 32 * i; }
-    __device__ void add(float factor, const Channels& o) {
+    __device__ void add(float factor, const float* from) {
 #pragma unroll
-        for (int i = 0; i < ITEMS; ++i) v[i] = fmaf(factor, o.v[i], v[i]);
+        for (int i = 0; i < ITEMS; ++i)
+            if (channel(i) < D) v[i] = fmaf(factor, rounded(from[channel(i)]), v[i]);
     }
     __device__ void store(float* to, float factor) const {
 #pragma unroll
@@ -107,29 +118,35 @@ struct Channels {
     }
 };
 
-__device__ __forceinline__ float dot(const Channels& a, const Channels& b) {
+// In the order of the simt rung, so that scores of one rung fit the lse of another to the last bit.
+__device__ __forceinline__ float dot(const float* a, const float* b) {
     float sum = 0.0f;
+    for (int d = 0; d < D; d += 4)
 #pragma unroll
-    for (int i = 0; i < ITEMS; ++i) sum = fmaf(a.v[i], b.v[i], sum);
-    return sum_of<32>(sum);
+        for (int e = 3; e >= 0; --e)
+            if (d + e < D) sum = fmaf(rounded(a[d + e]), rounded(b[d + e]), sum);
+    return sum;
 }
 
 extern "C" __global__ void __launch_bounds__(128)
 attention_forward(const float* __restrict__ qkv, float* __restrict__ out, float* __restrict__ lse, Heads h) {
-    const unsigned row = blockIdx.x * 4 + threadIdx.x / 32;
+    const unsigned row = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (row >= h.rows) return;
     const Head head(h, row / h.tokens);
-    const Channels q(qkv + head.at(0, row % h.tokens));
+    const float* q = qkv + head.at(0, row % h.tokens);
     float top = LOWEST, sum = 0.0f;
-    for (unsigned j = 0; j < h.tokens; ++j) top = fmaxf(top, h.scale * dot(q, Channels(qkv + head.at(1, j))));
+    for (unsigned j = lane; j < h.tokens; j += 32) top = fmaxf(top, h.scale * dot(q, qkv + head.at(1, j)));
+    top = max_of<32>(top);
     Channels o;
-    for (unsigned j = 0; j < h.tokens; ++j) {
-        const float e = expf(h.scale * dot(q, Channels(qkv + head.at(1, j))) - top);
+    for (unsigned j0 = 0; j0 < h.tokens; j0 += 32) {
+        const unsigned j = j0 + lane;
+        const float e = j < h.tokens ? expf(h.scale * dot(q, qkv + head.at(1, j)) - top) : 0.0f;
         sum += e;
-        o.add(e, Channels(qkv + head.at(2, j)));
+        for (unsigned i = 0; i < min(32u, h.tokens - j0); ++i) o.add(__shfl_sync(0xffffffffu, e, i), qkv + head.at(2, j0 + i));
     }
+    sum = sum_of<32>(sum);
     o.store(out + head.at_out(row % h.tokens), 1.0f / sum);
-    if (threadIdx.x % 32 == 0) lse[row] = top + logf(sum);
+    if (lane == 0) lse[row] = top + logf(sum);
 }
 
 extern "C" __global__ void __launch_bounds__(128)
@@ -137,11 +154,9 @@ attention_probs(const float* __restrict__ qkv, const float* __restrict__ lse, fl
     const unsigned row = blockIdx.x * 4 + threadIdx.x / 32;
     if (row >= h.rows) return;
     const Head head(h, row / h.tokens);
-    const Channels q(qkv + head.at(0, row % h.tokens));
-    for (unsigned j = 0; j < h.tokens; ++j) {
-        const float p = expf(h.scale * dot(q, Channels(qkv + head.at(1, j))) - lse[row]);
-        if (threadIdx.x % 32 == 0) probs[size_t(row) * h.tokens + j] = p;
-    }
+    const float* q = qkv + head.at(0, row % h.tokens);
+    for (unsigned j = threadIdx.x % 32; j < h.tokens; j += 32)
+        probs[size_t(row) * h.tokens + j] = expf(h.scale * dot(q, qkv + head.at(1, j)) - lse[row]);
 }
 
 extern "C" __global__ void __launch_bounds__(128)
@@ -149,15 +164,18 @@ attention_dq(const float* __restrict__ qkv, const float* __restrict__ dout, cons
     const unsigned row = blockIdx.x * 4 + threadIdx.x / 32;
     if (row >= h.rows) return;
     const Head head(h, row / h.tokens);
-    const unsigned i = row % h.tokens;
-    const Channels q(qkv + head.at(0, i)), g(dout + head.at_out(i));
+    const float *q = qkv + head.at(0, row % h.tokens), *g = dout + head.at_out(row % h.tokens);
     Channels dq;
-    for (unsigned j = 0; j < h.tokens; ++j) {
-        const Channels k(qkv + head.at(1, j));
-        const float p = expf(h.scale * dot(q, k) - lse[row]);
-        dq.add(p * (dot(g, Channels(qkv + head.at(2, j))) - delta[row]), k);
+    for (unsigned j0 = 0; j0 < h.tokens; j0 += 32) {
+        const unsigned j = j0 + threadIdx.x % 32;
+        float ds = 0.0f;
+        if (j < h.tokens) {
+            const float p = expf(h.scale * dot(q, qkv + head.at(1, j)) - lse[row]);
+            ds = p * (dot(g, qkv + head.at(2, j)) - delta[row]);
+        }
+        for (unsigned i = 0; i < min(32u, h.tokens - j0); ++i) dq.add(__shfl_sync(0xffffffffu, ds, i), qkv + head.at(1, j0 + i));
     }
-    dq.store(dqkv + head.at(0, i), h.scale);
+    dq.store(dqkv + head.at(0, row % h.tokens), h.scale);
 }
 
 extern "C" __global__ void __launch_bounds__(128)
@@ -165,17 +183,22 @@ attention_dkv(const float* __restrict__ qkv, const float* __restrict__ dout, con
     const unsigned row = blockIdx.x * 4 + threadIdx.x / 32;
     if (row >= h.rows) return;
     const Head head(h, row / h.tokens);
-    const unsigned j = row % h.tokens;
-    const Channels k(qkv + head.at(1, j)), v(qkv + head.at(2, j));
+    const float *k = qkv + head.at(1, row % h.tokens), *v = qkv + head.at(2, row % h.tokens);
     Channels dk, dv;
-    for (unsigned i = 0; i < h.tokens; ++i) {
-        const Channels q(qkv + head.at(0, i)), g(dout + head.at_out(i));
-        const float p = expf(h.scale * dot(q, k) - lse[head.row + i]);
-        dv.add(p, g);
-        dk.add(p * (dot(g, v) - delta[head.row + i]), q);
+    for (unsigned i0 = 0; i0 < h.tokens; i0 += 32) {
+        const unsigned query = i0 + threadIdx.x % 32;
+        float p = 0.0f, ds = 0.0f;
+        if (query < h.tokens) {
+            p = expf(h.scale * dot(qkv + head.at(0, query), k) - lse[head.row + query]);
+            ds = p * (dot(dout + head.at_out(query), v) - delta[head.row + query]);
+        }
+        for (unsigned i = 0; i < min(32u, h.tokens - i0); ++i) {
+            dv.add(__shfl_sync(0xffffffffu, p, i), dout + head.at_out(i0 + i));
+            dk.add(__shfl_sync(0xffffffffu, ds, i), qkv + head.at(0, i0 + i));
+        }
     }
-    dk.store(dqkv + head.at(1, j), h.scale);
-    dv.store(dqkv + head.at(2, j), 1.0f);
+    dk.store(dqkv + head.at(1, row % h.tokens), h.scale);
+    dv.store(dqkv + head.at(2, row % h.tokens), 1.0f);
 }
 
 #else
@@ -232,7 +255,7 @@ __device__ __forceinline__ void stage(float* to, const float* from, size_t strid
     for (int i = threadIdx.x; i < ROWS * (DP / 4); i += 256) {
         const int row = i / (DP / 4), d = i % (DP / 4) * 4;
         const float4 v = load_channels(from + (first + row) * stride, d, first + row < tokens);
-        *reinterpret_cast<float4*>(to + row * PITCH + d) = v;
+        *reinterpret_cast<float4*>(to + row * PITCH + d) = make_float4(rounded(v.x), rounded(v.y), rounded(v.z), rounded(v.w));
     }
 }
 

@@ -80,6 +80,12 @@ impl Heads {
             set("TILE", tile),
             set("BLOCK", block),
         ];
+        let round = match cx.precision {
+            Precision::F32 => 0,
+            Precision::Tf32 => 1,
+            Precision::Bf16 => 2,
+        };
+        consts.push(set("ROUND", round));
         let lines = row_tiles * block + column_tiles * tile;
         let pitch = |size: usize| self.padded() * size + 16;
         let (rung, threads, smem) = match self.rung {
@@ -140,7 +146,7 @@ pub(super) fn forward(op: &Attention, cx: &mut CudaCx) -> Result<()> {
     if !op.probs {
         return Ok(());
     }
-    // For looking at, not for speed: float32 in every precision.
+    // For looking at, not for speed: no tensor cores in any precision.
     let exact = Heads {
         rung: if heads.rung == Rung::Naive {
             Rung::Naive
