@@ -22,6 +22,18 @@ add(unsigned n, const float* __restrict__ a, const float* __restrict__ b, float*
     store_vec<VEC>(y, i, r);
 }
 
+// y = scale (a + b)
+extern "C" __global__ void __launch_bounds__(256)
+scaled_sum(unsigned n, float scale, const float* __restrict__ a, const float* __restrict__ b, float* __restrict__ y) {
+    const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= n) return;
+    const Vec<VEC> u = load_vec<VEC>(a, i), v = load_vec<VEC>(b, i);
+    Vec<VEC> r;
+#pragma unroll
+    for (int k = 0; k < VEC; ++k) r.v[k] = scale * (u.v[k] + v.v[k]);
+    store_vec<VEC>(y, i, r);
+}
+
 // y = f(x)
 extern "C" __global__ void __launch_bounds__(256)
 act(unsigned n, const float* __restrict__ x, float* __restrict__ y) {

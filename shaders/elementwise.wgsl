@@ -23,6 +23,15 @@ fn add(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: vec3<
     }
 }
 
+// y = scale (a + b)
+@compute @workgroup_size(64)
+fn scaled_sum(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: vec3<u32>) {
+    let i = index(l, wg);
+    if i < p.n {
+        y[i] = (a[i] + b[i]) * p.scale;
+    }
+}
+
 // y = f(a)
 @compute @workgroup_size(64)
 fn act(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: vec3<u32>) {

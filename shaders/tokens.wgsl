@@ -1,4 +1,4 @@
-// Between patches [N, P, C] and tokens [N, T, C], `first` = T - P class tokens before the patches.
+// Between patches [N, P, C] and tokens [N, T, C], `first` = T - P learned tokens before the patches.
 
 struct Params { n: u32, groups_x: u32, p: u32, t: u32, c: u32, first: u32, token: u32 }
 @group(0) @binding(0) var<uniform> p: Params;
@@ -20,7 +20,7 @@ fn embed(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: vec
     let t = (i / p.c) % p.t;
     var v = pos[t * p.c + c];
     if t < p.first {
-        v += cls[c];
+        v += cls[t * p.c + c];
     } else {
         v += x[((i / p.c / p.t) * p.p + t - p.first) * p.c + c];
     }
@@ -50,5 +50,34 @@ fn pick_bwd(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: 
     if i >= p.n { return; }
     var v = 0.0;
     if (i / p.c) % p.t == p.token { v = x[(i / p.c / p.t) * p.c + i % p.c]; }
+    y[i] = v;
+}
+
+// y[n] = (x[n, 0], mean of x[n, first..]); a channel per invocation
+@compute @workgroup_size(64)
+fn cls_mean(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: vec3<u32>) {
+    let i = index(l, wg);
+    if i >= p.n { return; }
+    let c = i % (2u * p.c);
+    let row = (i / p.c / 2u) * p.t;
+    if c < p.c {
+        y[i] = x[row * p.c + c];
+        return;
+    }
+    var sum = 0.0;
+    for (var t = p.first; t < p.t; t++) { sum += x[(row + t) * p.c + c - p.c]; }
+    y[i] = sum / f32(p.t - p.first);
+}
+
+// dx[n, 0] = dy[n, ..c], dx[n, first..] = dy[n, c..] / patches, 0 between; x is dy
+@compute @workgroup_size(64)
+fn cls_mean_bwd(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: vec3<u32>) {
+    let i = index(l, wg);
+    if i >= p.n { return; }
+    let t = (i / p.c) % p.t;
+    let row = (i / p.c / p.t) * 2u * p.c + i % p.c;
+    var v = 0.0;
+    if t == 0u { v = x[row]; }
+    if t >= p.first { v += x[row + p.c] / f32(p.t - p.first); }
     y[i] = v;
 }

@@ -6,6 +6,7 @@
 pub mod backend;
 pub mod bench;
 pub mod data;
+mod download;
 pub mod error;
 pub mod graph;
 pub mod models;

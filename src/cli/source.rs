@@ -8,6 +8,7 @@ use tilewright::data::{Interpolation, Preprocess, Sets};
 use tilewright::models::session::{Session, SessionOptions};
 use tilewright::models::{Model, ModelOptions, find};
 use tilewright::weights::load::{classes_of, identify};
+use tilewright::weights::registry::{Record, locate};
 use tilewright::weights::{Scheme, WeightFile};
 use tilewright::{Error, Result};
 
@@ -20,7 +21,8 @@ pub struct ModelArgs {
     /// Model id, alias or spec string (see `tilewright models`) [default: what the weights' metadata names]
     #[arg(short, long, value_name = "MODEL")]
     model: Option<String>,
-    /// A safetensors file, a run directory (its best checkpoint), or `random` (drawn from --seed)
+    /// A safetensors file, a run directory (its best checkpoint), a name of `tilewright weights list`, or `random` (drawn
+    /// from --seed)
     #[arg(short, long, value_name = "FILE")]
     weights: String,
     /// Size of the classifier [default: the weights']
@@ -121,22 +123,27 @@ pub struct Source {
     /// Its weights; `None`: random ones.
     pub file: Option<WeightFile>,
     trained: Trained,
+    record: Option<Record>,
     classes: Option<usize>,
     seed: u64,
 }
 
-/// The file that a `--weights` names: a run directory stands for its best checkpoint.
-pub fn weights_path(given: &Path) -> PathBuf {
+/// The file that a `--weights` names, with its record in the registry where it is known by a name of that: a run
+/// directory stands for its best checkpoint.
+///
+/// # Errors
+/// The registry knows the name, but the file was not fetched yet.
+pub fn weights_path(given: &Path) -> Result<(PathBuf, Option<Record>)> {
     for name in [
         "checkpoints/best.safetensors",
         "checkpoints/last.safetensors",
     ] {
         let inside = given.join(name);
         if inside.is_file() {
-            return inside;
+            return Ok((inside, None));
         }
     }
-    given.to_path_buf()
+    locate(given)
 }
 
 impl Source {
@@ -145,16 +152,20 @@ impl Source {
     /// # Errors
     /// There is no such model or file, or no model is named at all.
     pub fn open(g: &Global, args: &ModelArgs) -> Result<Source> {
-        let file = match args.weights.as_str() {
-            RANDOM => None,
-            path => Some(WeightFile::open(weights_path(Path::new(path)))?),
+        let (file, record) = match args.weights.as_str() {
+            RANDOM => (None, None),
+            path => {
+                let (path, record) = weights_path(Path::new(path))?;
+                (Some(WeightFile::open(path)?), record)
+            }
         };
         let trained = file
             .as_ref()
             .map(Trained::read)
             .transpose()?
             .unwrap_or_default();
-        let Some(name) = args.model.as_ref().or(trained.model.as_ref()) else {
+        let known = record.as_ref().map(|r| &r.model);
+        let Some(name) = args.model.as_ref().or(trained.model.as_ref()).or(known) else {
             let looks = file.as_ref().and_then(identify);
             let looks = looks.map_or(String::new(), |l| format!(" (the weights look like {l})"));
             return Err(Error::input(format!(
@@ -165,6 +176,7 @@ impl Source {
             model: find(name)?,
             file,
             trained,
+            record,
             classes: args.classes,
             seed: g.seed,
         })
@@ -193,8 +205,9 @@ impl Source {
     ///
     /// 1. the flags;
     /// 2. the weights' metadata, which the trainer writes: its own size, mean and standard deviation, no crop;
-    /// 3. for random weights, the data set's own mean and standard deviation;
-    /// 4. what the usual weights of this model under the file's naming were trained with (ImageNet's for the CIFAR
+    /// 3. their record in the registry;
+    /// 4. for random weights, the data set's own mean and standard deviation;
+    /// 5. what the usual weights of this model under the file's naming were trained with (ImageNet's for the CIFAR
     ///    ResNets).
     ///
     /// The size is the data's where a model for small images meets images of one small size.
@@ -204,6 +217,7 @@ impl Source {
         let size = args
             .image_size
             .or(self.trained.size)
+            .or(self.record.as_ref().map(|r| r.image_size))
             .or(of_data)
             .unwrap_or(self.model.image as u32);
         let naming = self.file.as_ref().and_then(Scheme::of).map(|s| s.naming);
@@ -211,6 +225,9 @@ impl Source {
             (None, Some(sets)) => sets.preprocess(size),
             _ => self.model.preprocess(naming, size as usize),
         };
+        if let Some(record) = &self.record {
+            p = record.preprocess(size);
+        }
         if let (Some(mean), Some(std)) = (self.trained.mean, self.trained.std) {
             p = Preprocess {
                 mean,

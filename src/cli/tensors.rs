@@ -68,7 +68,7 @@ impl Common {
     fn open(&self) -> Result<(Model, WeightFile, WeightFile)> {
         let model = find(&self.model)?;
         check_writable(&self.output)?;
-        let weights = WeightFile::open(weights_path(&self.weights))?;
+        let weights = WeightFile::open(weights_path(&self.weights)?.0)?;
         Ok((model, weights, WeightFile::open(&self.input)?))
     }
 

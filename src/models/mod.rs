@@ -60,6 +60,8 @@ pub struct ModelOptions {
     pub dropout: Option<f32>,
     /// Drop path of the last block (linear from 0 at the first), in ViTs.
     pub drop_path: f32,
+    /// The classifier reads the class token beside the mean of the patches, in ViTs.
+    pub cls_mean: bool,
     /// Epsilon of the norms, in place of the model's own (libraries differ; see [`crate::weights::naming`]).
     pub norm_eps: Option<f32>,
 }
@@ -305,9 +307,17 @@ pub const IDS: &[&str] = &[
     "deit_tiny_patch16_224",
     "deit_small_patch16_224",
     "deit_base_patch16_224",
+    "deit_base_patch16_384",
+    "deit_tiny_distilled_patch16_224",
+    "deit_small_distilled_patch16_224",
+    "deit_base_distilled_patch16_224",
+    "deit_base_distilled_patch16_384",
     "dinov2_small",
     "dinov2_base",
     "dinov2_large",
+    "dinov2_small_imagenet1k_1_layer",
+    "dinov2_base_imagenet1k_1_layer",
+    "dinov2_large_imagenet1k_1_layer",
     "swin_tiny_patch4_window7_224",
     "swin_small_patch4_window7_224",
     "swin_base_patch4_window7_224",

@@ -55,8 +55,9 @@ pub fn options_for(
     if o.classes.is_none() && !replace_head {
         o.classes = classes_of(file);
     }
-    if o.norm_eps.is_none() {
-        o.norm_eps = Scheme::of(file).and_then(|s| s.naming.norm_eps());
+    if let Some(scheme) = Scheme::of(file) {
+        o.norm_eps = o.norm_eps.or(scheme.naming.norm_eps());
+        o.cls_mean |= !replace_head && scheme.reads_cls_mean(file);
     }
     o
 }

@@ -36,6 +36,10 @@ pub struct Vit {
     pub final_norm: bool,
     /// Epsilon of the layer norms.
     pub eps: f32,
+    /// A distillation token and a second classifier, whose mean with the first is the result (DeiT).
+    pub distilled: bool,
+    /// The classifier reads the class token beside the mean of the patches (DINOv2's linear classifiers).
+    pub cls_mean: bool,
     /// Default dropout.
     pub dropout: f32,
     /// Initial weights.
@@ -54,6 +58,8 @@ impl Vit {
             layer_scale: None,
             final_norm: true,
             eps: 1e-6,
+            distilled: false,
+            cls_mean: false,
             dropout: 0.0,
             start: Start::Timm,
         }
@@ -74,7 +80,8 @@ fn sized(size: &str, patch: usize) -> Option<Vit> {
     Some(Vit::new(patch, dim, depth, heads))
 }
 
-/// `vit_SIZE_patchP_IMAGE`, `deit_SIZE_patchP_IMAGE`, `dinov2_SIZE`, `vit_pP_eDIM_dDEPTH[_hHEADS]`.
+/// `vit_SIZE_patchP_IMAGE`, `deit_SIZE[_distilled]_patchP_IMAGE`, `dinov2_SIZE[_imagenet1k_1_layer]`,
+/// `vit_pP_eDIM_dDEPTH[_hHEADS]`.
 pub(super) fn find(id: &str) -> Option<Model> {
     let model = |net, image, classes| {
         Some(Model {
@@ -85,11 +92,14 @@ pub(super) fn find(id: &str) -> Option<Model> {
         })
     };
     if let Some(size) = id.strip_prefix("dinov2_") {
+        let linear = size.strip_suffix("_imagenet1k_1_layer");
+        let size = linear.unwrap_or(size);
         let net = Vit {
             layer_scale: Some(1e-5),
+            cls_mean: linear.is_some(),
             ..sized(size, 14).filter(|_| ["small", "base", "large"].contains(&size))?
         };
-        return model(net, 224, 0);
+        return model(net, 224, if linear.is_some() { 1000 } else { 0 });
     }
     if let Some(sizes) = id.strip_prefix("vit_p").filter(|_| id.contains("_e")) {
         return model(small(sizes)?, 32, 10);
@@ -98,9 +108,18 @@ pub(super) fn find(id: &str) -> Option<Model> {
         .strip_prefix("vit_")
         .or_else(|| id.strip_prefix("deit_"))?;
     let (size, rest) = rest.split_once("_patch")?;
+    let teacher = id
+        .starts_with("deit_")
+        .then(|| size.strip_suffix("_distilled"))
+        .flatten();
+    let size = teacher.unwrap_or(size);
     let (patch, image) = rest.split_once('_')?;
     let image = positive(image)?;
-    model(sized(size, positive(patch)?)?, image, 1000)
+    let net = Vit {
+        distilled: teacher.is_some(),
+        ..sized(size, positive(patch)?)?
+    };
+    model(net, image, 1000)
 }
 
 fn positive(text: &str) -> Option<usize> {
@@ -214,17 +233,43 @@ impl Vit {
             g.tap("norm", x);
         }
         let features = g.scoped("cls", |g| g.select_token(x, 0))?;
-        let logits = if classes == 0 {
-            None
-        } else {
-            let layer = self.linear_layer(self.dim, classes);
-            Some(g.linear(features, "head", layer)?)
+        let logits = match classes {
+            0 => None,
+            _ => Some(self.classify(g, x, features, classes, options)?),
         };
         Ok(Heads { logits, features })
     }
 
-    /// `[N, H, W, 3]` to tokens `[N, 1 + patches, dim]`: one convolution whose stride is its kernel, the class token in
-    /// front, positions added.
+    /// Learned tokens before the patches.
+    pub fn prefix(&self) -> usize {
+        1 + usize::from(self.distilled)
+    }
+
+    /// The classifier over the tokens `x`, of which `cls` is the first.
+    fn classify(
+        &self,
+        g: &mut Graph,
+        x: Tid,
+        cls: Tid,
+        classes: usize,
+        options: &ModelOptions,
+    ) -> Result<Tid> {
+        let layer = self.linear_layer(self.dim, classes);
+        if self.cls_mean || options.cls_mean {
+            let both = g.scoped("pool", |g| g.cls_mean(x, self.prefix()))?;
+            return g.linear(both, "head", layer);
+        }
+        let logits = g.linear(cls, "head", layer)?;
+        if !self.distilled {
+            return Ok(logits);
+        }
+        let teacher = g.scoped("dist", |g| g.select_token(x, 1))?;
+        let teacher = g.linear(teacher, "head_dist", layer)?;
+        g.scoped("mean", |g| g.mean_of_two(logits, teacher))
+    }
+
+    /// `[N, H, W, 3]` to tokens `[N, prefix + patches, dim]`: one convolution whose stride is its kernel, the class
+    /// token in front, positions added.
     fn embed(&self, g: &mut Graph, x: Tid) -> Result<Tid> {
         let (p, c) = (self.patch, self.dim);
         let &[n, h, w, channels] = g.shape(x) else {
@@ -235,15 +280,20 @@ impl Vit {
                 "patch_embed: an image of {h}x{w} is not a whole number of patches of {p}x{p}; give sizes divisible by {p}"
             )));
         }
-        let tokens = (h / p) * (w / p) + 1;
+        let patches = (h / p) * (w / p);
+        let prefix = self.prefix();
         let cls = g.param(
-            "cls_token",
-            &[1, 1, c],
+            if self.distilled {
+                "prefix_tokens"
+            } else {
+                "cls_token"
+            },
+            &[prefix, 1, c],
             Layout::Plain,
             Init::Normal(1e-6),
             false,
         );
-        let pos = [1, tokens, c];
+        let pos = [1, prefix + patches, c];
         let pos = g.param(
             "pos_embed",
             &pos,
@@ -261,7 +311,7 @@ impl Vit {
             init: Init::UniformFanIn(channels * p * p),
         };
         let x = g.conv2d(x, "patch_embed.proj", layer)?;
-        let x = g.view(x, &[n, tokens - 1, c])?;
+        let x = g.view(x, &[n, patches, c])?;
         g.scoped("embed", |g| g.token_embed(x, Some(cls), pos))
     }
 

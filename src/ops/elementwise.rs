@@ -89,7 +89,68 @@ impl Op for Add {
     }
 }
 
+/// `y = scale * (a + b)`, both operands of one shape: the mean of two classifiers (DeiT's at inference).
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct ScaledSum {
+    /// Factor on the sum.
+    pub scale: f32,
+}
+
+impl Op for ScaledSum {
+    op_common!("scaled_sum");
+
+    fn infer(&self, x: &[Spec]) -> Result<Vec<Spec>, String> {
+        ensure!(self.scale.is_finite(), "has the factor {}", self.scale);
+        Add::new(false).infer(x)
+    }
+
+    fn backward(&self, node: &Fwd, b: &mut Backward) -> Result<()> {
+        let dy = b.need(node.outputs[0])?;
+        let half = ScaledSum {
+            scale: self.scale / 2.0,
+        };
+        let d = b.emit1(half, &[dy, dy])?;
+        b.give(node.inputs[0], d)?;
+        b.give(node.inputs[1], d)
+    }
+
+    fn reference(&self, x: &[&Host], y: &mut [Host]) {
+        for (i, v) in y[0].data.iter_mut().enumerate() {
+            *v = f64::from(self.scale) * (x[0].data[i] + x[1].data[i]);
+        }
+    }
+
+    fn cpu(&self, _cx: &mut CpuCx) -> Result<CpuKernel> {
+        let scale = self.scale;
+        Ok(Box::new(move |a| {
+            par::map2(a.x(0), a.x(1), a.y(0), |a, b| scale * (a + b));
+        }))
+    }
+
+    fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
+        let n = cx.y[0].len();
+        let args = [Arg::In(0), Arg::In(1), Arg::Out(0)];
+        let params = [0, self.scale.to_bits()];
+        cx.map("elementwise.wgsl", "scaled_sum", n, &args, &params)
+    }
+
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        use cuda::Arg;
+        let args = [Arg::F32(self.scale), Arg::In(0), Arg::In(1), Arg::Out(0)];
+        let n = cx.y[0].len();
+        cx.map(("elementwise.cu", "scaled_sum"), vec![], n, &args)
+    }
+}
+
 impl Graph {
+    /// `(a + b) / 2`.
+    ///
+    /// # Errors
+    /// The shapes differ.
+    pub fn mean_of_two(&mut self, a: Tid, b: Tid) -> Result<Tid> {
+        self.push1(ScaledSum { scale: 0.5 }, &[a, b])
+    }
+
     /// `a + b`.
     ///
     /// # Errors
@@ -119,4 +180,21 @@ pub const ADD: Room = Room {
     ],
     bench: &["n=128,c=16384"],
     refused: &[],
+};
+
+/// The room of [`ScaledSum`].
+pub const SCALED_SUM: Room = Room {
+    name: "scaled_sum",
+    about: "y = scale * (a + b)",
+    case: |p| {
+        let shape = [p.get("n", 2)?, p.get("c", 8)?];
+        Ok(Case::new(ScaledSum {
+            scale: p.get("scale", 0.5)?,
+        })
+        .x(&shape)
+        .x(&shape))
+    },
+    cases: &["n=1,c=1", "n=3,c=7,scale=-2", "n=8,c=1000"],
+    bench: &["n=256,c=1000"],
+    refused: &["scale=inf"],
 };

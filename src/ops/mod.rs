@@ -168,6 +168,7 @@ pub struct Room {
 /// Every room. One line each.
 pub const ROOMS: &[&Room] = &[
     &elementwise::ADD,
+    &elementwise::SCALED_SUM,
     &act::ROOM,
     &conv2d::ROOM,
     &linear::ROOM,
@@ -177,6 +178,7 @@ pub const ROOMS: &[&Room] = &[
     &random::DROP_PATH,
     &tokens::EMBED,
     &tokens::SELECT,
+    &tokens::cls_mean::ROOM,
     &attention::ROOM,
     &window_attention::ROOM,
     &patch_merge::ROOM,

@@ -16,6 +16,7 @@ use crate::report::plot;
 use crate::report::progress::Progress;
 use crate::report::runlog::{EpochRow, EventLog, MetricsLog, StepEvent, read_metrics};
 use crate::report::{remove_parts, write_atomic};
+use crate::weights::registry::locate;
 use crate::weights::{FloatFormat, WeightFile};
 use crate::{Error, Result};
 use std::collections::BTreeMap;
@@ -75,7 +76,14 @@ pub fn train(
 ) -> Result<RunReport> {
     config.check()?;
     let model = models::find(&config.model)?;
-    let init = config.init.as_ref().map(WeightFile::open).transpose()?;
+    let located = config
+        .init
+        .as_ref()
+        .map(|p| locate(p.as_ref()))
+        .transpose()?;
+    let (init, record) = located.unzip();
+    let init = init.map(WeightFile::open).transpose()?;
+    let record = record.flatten();
     let sets = data::open(&config.data, OpenOptions { seed: config.seed })?;
     let size = match (config.image_size, sets.size) {
         (0, Some(s)) if model.image <= SMALL => s as usize,
@@ -87,12 +95,16 @@ pub fn train(
         dropout: (config.dropout > 0.0).then_some(config.dropout),
         drop_path: config.drop_path,
         norm_eps: None,
+        cls_mean: false,
     };
     let options = options_for(&options, init.as_ref(), config.replace_head);
-    let preprocess = match &init {
+    let preprocess = match (&init, record) {
         // Weights expect the input that they were trained on.
-        Some(file) => model.preprocess(crate::weights::Scheme::of(file).map(|s| s.naming), size),
-        None => sets.preprocess(size as u32),
+        (Some(_), Some(record)) => record.preprocess(size as u32),
+        (Some(file), None) => {
+            model.preprocess(crate::weights::Scheme::of(file).map(|s| s.naming), size)
+        }
+        (None, _) => sets.preprocess(size as u32),
     };
     let data = prepare(config, sets, preprocess)?;
     let job = Job {

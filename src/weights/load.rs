@@ -66,7 +66,8 @@ impl Loaded {
             }
             Source::Positions(side, grid, mode) => {
                 let table = file.read_f32(&self.names.entries[i][0])?;
-                interpolate_pos(&table, (side, side), grid, shape[2], 1, mode).map(Some)
+                let prefix = shape[1] - grid.0 * grid.1;
+                interpolate_pos(&table, (side, side), grid, shape[2], prefix, mode).map(Some)
             }
             Source::Relative(side) => {
                 let table = file.read_f32(&self.names.entries[i][0])?;
@@ -262,8 +263,12 @@ fn fit_positions(
     let &[1, tokens, dim] = entry.shape.as_slice() else {
         return None;
     };
-    let side = tokens.saturating_sub(1).isqrt();
-    if name != "pos_embed" || shape[2] != dim || side == 0 || side * side + 1 != tokens {
+    if name != "pos_embed" || shape[2] != dim {
+        return None;
+    }
+    let prefix = shape[1].saturating_sub(grid.0 * grid.1);
+    let side = tokens.saturating_sub(prefix).isqrt();
+    if side == 0 || side * side + prefix != tokens {
         return None;
     }
     let mode = match scheme.naming {
@@ -364,11 +369,21 @@ impl FileNames {
     pub fn plain(graph: &Graph, naming: Naming) -> Self {
         let is_head = |name: &str| name.rsplit_once('.').is_some_and(|(p, _)| is_classifier(p));
         let with_head = graph.params.iter().any(|p| is_head(&p.name));
-        let scheme = Scheme::plain(naming, with_head);
+        let mut scheme = Scheme::plain(naming, with_head);
+        let distilled = graph.params.iter().any(|p| p.name == "prefix_tokens");
+        if distilled {
+            scheme.of_distilled();
+        }
         let entries = graph
             .params
             .iter()
-            .map(|p| scheme.candidates(&p.name).swap_remove(0))
+            .map(|p| {
+                let mut ways = scheme.candidates(&p.name);
+                // Hugging Face calls DeiT's first classifier otherwise than a ViT's only one.
+                let own = |way: &Vec<String>| distilled && way[0].starts_with("cls_classifier.");
+                let at = ways.iter().position(own).unwrap_or(0);
+                ways.swap_remove(at)
+            })
             .collect();
         let mut extra = vec![];
         if naming == Naming::HfDinov2
@@ -507,6 +522,9 @@ pub fn identify(file: &WeightFile) -> Option<String> {
             .find(|s| (s.1, s.2) == (dim, depth));
         let name = match known {
             Some((size, ..)) if scheme.naming == Naming::HfDinov2 => format!("dinov2_{size}"),
+            Some((size, ..)) if scheme.distilled(file) => {
+                format!("deit_{size}_distilled_patch{patch}")
+            }
             Some((size, ..)) => format!("vit_{size}_patch{patch}"),
             None => format!("a ViT of patch {patch}"),
         };

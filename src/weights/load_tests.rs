@@ -55,6 +55,8 @@ fn every_naming_gives_back_what_was_saved() {
         (VIT, Naming::HfVit),
         (VIT, Naming::Torch),
         ("vit:patch=4,dim=24,depth=2,heads=3,ls=1", Naming::HfDinov2),
+        ("deit_tiny_distilled_patch16_32", Naming::Timm),
+        ("deit_tiny_distilled_patch16_32", Naming::HfVit),
         (SWIN, Naming::TimmSwin),
         (SWIN, Naming::TorchvisionSwin),
         (SWIN, Naming::HfSwin),

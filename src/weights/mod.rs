@@ -1,12 +1,15 @@
 //! Weight files: reading and writing safetensors, what a file holds, and how its names and layouts become a model's.
 
+pub mod convert;
 pub mod file;
 pub mod fill;
 mod header;
+pub mod hub;
 pub mod inspect;
 pub mod load;
 mod mistaken;
 pub mod naming;
+pub mod registry;
 pub mod save;
 
 pub use file::{Dtype, Entry, WeightFile};

@@ -185,6 +185,9 @@ impl Scheme {
     /// first axis (the query, key and value of Hugging Face); the library's usual way first.
     pub fn candidates(&self, name: &str) -> Vec<Vec<String>> {
         let (path, leaf) = name.rsplit_once('.').unwrap_or(("", name));
+        if path == TEACHER {
+            return vec![vec![format!("{}{}.{leaf}", self.head, self.teacher())]];
+        }
         if is_classifier(path) {
             let beside = |l: &&str| vec![format!("{}{l}.{leaf}", self.head)];
             let mut all: Vec<Vec<String>> =
@@ -194,6 +197,11 @@ impl Scheme {
             return all;
         }
         let body = match self.naming {
+            Naming::Timm if name == PREFIX => vec![vec!["cls_token".into(), "dist_token".into()]],
+            Naming::HfVit if name == PREFIX => vec![vec![
+                "embeddings.cls_token".into(),
+                "embeddings.distillation_token".into(),
+            ]],
             Naming::TorchvisionResnet | Naming::Timm | Naming::Own => vec![vec![name.into()]],
             Naming::HfResnet => vec![vec![hf_resnet(path, leaf)]],
             naming if naming.is_swin() => swin::candidates(naming, path, leaf),
@@ -270,7 +278,9 @@ impl Scheme {
     pub fn is_classifier_entry(&self, name: &str) -> bool {
         name.strip_prefix(&self.head)
             .and_then(|n| n.rsplit_once('.'))
-            .is_some_and(|(path, _)| classifier_names(self.naming).contains(&path))
+            .is_some_and(|(path, _)| {
+                classifier_names(self.naming).contains(&path) || path == self.teacher()
+            })
     }
 
     /// The classifier's weight in `file`.
@@ -278,6 +288,36 @@ impl Scheme {
         classifier_names(self.naming)
             .iter()
             .find_map(|l| file.get(&format!("{}{l}.weight", self.head)))
+    }
+
+    /// The library's name of DeiT's second classifier.
+    fn teacher(&self) -> &'static str {
+        match self.naming {
+            Naming::HfVit => "distillation_classifier",
+            _ => TEACHER,
+        }
+    }
+
+    /// Whether `file` holds a DeiT with a distillation token.
+    pub fn distilled(&self, file: &WeightFile) -> bool {
+        let token = self.candidates(PREFIX).swap_remove(0).pop();
+        token.is_some_and(|t| file.has(&t))
+    }
+
+    /// Whether the classifier in `file` reads twice the width of a token: DINOv2's.
+    pub fn reads_cls_mean(&self, file: &WeightFile) -> bool {
+        let width =
+            |e: Option<&super::Entry>, axis: usize| e.and_then(|e| e.shape.get(axis).copied());
+        let reads = width(self.classifier(file), 1);
+        let dim = width(self.entry(file, "patch_embed.proj.weight"), 0);
+        self.naming == Naming::HfDinov2 && reads.is_some() && reads == dim.map(|d| 2 * d)
+    }
+
+    /// The plain names of a DeiT with a distillation token, where they differ from a ViT's.
+    pub(super) fn of_distilled(&mut self) {
+        if self.naming == Naming::HfVit && self.body == "vit." {
+            self.body = "deit.".into();
+        }
     }
 
     /// The entry `name` of the body in `file`, by this program's name.
@@ -293,9 +333,15 @@ impl Scheme {
     }
 }
 
+/// This program's name of DeiT's class and distillation tokens, which are two entries in every library.
+const PREFIX: &str = "prefix_tokens";
+
+/// This program's name of DeiT's second classifier.
+const TEACHER: &str = "head_dist";
+
 /// Whether `path` (without the leaf) is a classifier in this program's names.
 pub fn is_classifier(path: &str) -> bool {
-    matches!(path, "fc" | "linear" | "head" | "head.fc" | "fc2")
+    matches!(path, "fc" | "linear" | "head" | "head.fc" | "fc2" | TEACHER)
 }
 
 fn classifier_names(naming: Naming) -> &'static [&'static str] {
@@ -306,7 +352,8 @@ fn classifier_names(naming: Naming) -> &'static [&'static str] {
         Naming::HfResnet => &["classifier.1"],
         Naming::TorchvisionSwin | Naming::MicrosoftSwin => &["head"],
         Naming::TimmSwin => &["head.fc"],
-        Naming::HfVit | Naming::HfDinov2 | Naming::HfSwin => &["classifier"],
+        Naming::HfVit => &["classifier", "cls_classifier"],
+        Naming::HfDinov2 | Naming::HfSwin => &["classifier"],
         Naming::Own => &["fc2"],
     }
 }

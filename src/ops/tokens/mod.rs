@@ -1,6 +1,7 @@
-//! Between patches and tokens (Dosovitskiy et al. 2021): the class token is put before the patches and the position
+//! Between patches and tokens (Dosovitskiy et al. 2021): the class token (and DeiT's distillation token) is put before the patches and the position
 //! table is added; later one token is picked for the head. [`interpolate`] fits a position table to another grid.
 
+pub mod cls_mean;
 pub mod interpolate;
 
 use super::{Case, Cost, Host, Op, Room, traffic};
@@ -12,24 +13,27 @@ use crate::graph::{Graph, Spec, Tid};
 use crate::{Result, ensure, op_common};
 pub use interpolate::{Interpolation, interpolate_pos};
 
-/// `y[n, t] = token[n, t] + pos[t]`, where token 0 is the class token and the others are the patches.
+/// `y[n, t] = token[n, t] + pos[t]`, where the first `prefix` tokens are learned ones (class, distillation) and the others
+/// are the patches.
 ///
-/// Operands: patches `[N, P, C]`, where `cls` the class token (C elements), pos (T * C elements, `T = P + cls`).
+/// Operands: patches `[N, P, C]`, where there is a prefix its tokens (`prefix` * C elements), pos (T * C elements,
+/// `T = P + prefix`).
 /// Result: `[N, T, C]`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct TokenEmbed {
-    /// There is a class token.
-    pub cls: bool,
+    /// Learned tokens in front.
+    pub prefix: usize,
 }
 
 impl Op for TokenEmbed {
     op_common!("token_embed");
 
     fn infer(&self, x: &[Spec]) -> Result<Vec<Spec>, String> {
-        let first = usize::from(self.cls);
+        let first = self.prefix;
+        let pos = 1 + usize::from(first > 0);
         ensure!(
-            x.len() == 2 + first,
-            "takes patches and positions, and a class token between where it has one"
+            x.len() == 1 + pos,
+            "takes patches and positions, and the tokens in front between where it has some"
         );
         ensure!(
             x[0].shape.len() == 3,
@@ -38,14 +42,14 @@ impl Op for TokenEmbed {
         );
         let [n, p, c] = [x[0].shape[0], x[0].shape[1], x[0].shape[2]];
         ensure!(
-            !self.cls || x[1].len() == c,
-            "has a class token of shape {:?} for {c} channels",
+            first == 0 || x[1].len() == first * c,
+            "has {first} tokens in front of shape {:?} for {c} channels",
             x[1].shape
         );
         ensure!(
-            x[1 + first].len() == (p + first) * c,
+            x[pos].len() == (p + first) * c,
             "has a position table of shape {:?} for {} tokens of {c} channels",
-            x[1 + first].shape,
+            x[pos].shape,
             p + first
         );
         Ok(vec![Spec::f32([n, p + first, c])])
@@ -60,7 +64,12 @@ impl Op for TokenEmbed {
 
     fn backward(&self, node: &Fwd, b: &mut Backward) -> Result<()> {
         let dy = b.need(node.outputs[0])?;
-        let grads = b.emit(TokenEmbedBwd { cls: self.cls }, &[dy])?;
+        let grads = b.emit(
+            TokenEmbedBwd {
+                prefix: self.prefix,
+            },
+            &[dy],
+        )?;
         // Operands and results stand in the same order; parameters keep PyTorch's [1, T, C] and [1, 1, C].
         for (&x, &d) in node.inputs.iter().zip(&grads) {
             let shape = b.graph.shape(x).to_vec();
@@ -71,25 +80,25 @@ impl Op for TokenEmbed {
     }
 
     fn reference(&self, x: &[&Host], y: &mut [Host]) {
-        let first = usize::from(self.cls);
+        let first = self.prefix;
         let [n, p, c] = [x[0].shape[0], x[0].shape[1], x[0].shape[2]];
         let t = p + first;
         for i in 0..n {
             for j in 0..t {
                 for k in 0..c {
                     let token = if j < first {
-                        x[1].data[k]
+                        x[1].data[j * c + k]
                     } else {
                         x[0].data[(i * p + j - first) * c + k]
                     };
-                    y[0].data[(i * t + j) * c + k] = token + x[1 + first].data[j * c + k];
+                    y[0].data[(i * t + j) * c + k] = token + x[x.len() - 1].data[j * c + k];
                 }
             }
         }
     }
 
     fn cpu(&self, cx: &mut CpuCx) -> Result<CpuKernel> {
-        let (cls, c) = (self.cls, cx.x[0].shape[2]);
+        let (cls, c) = (self.prefix > 0, cx.x[0].shape[2]);
         let [from, to] = [cx.x[0].shape[1] * c, cx.y[0].shape[1] * c];
         Ok(Box::new(move |a| {
             let (patches, pos) = (a.x(0), a.x(1 + usize::from(cls)));
@@ -107,13 +116,13 @@ impl Op for TokenEmbed {
     }
 
     fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
-        let first = usize::from(self.cls);
+        let first = self.prefix;
         let [n, p, c] = [cx.x[0].shape[0], cx.x[0].shape[1], cx.x[0].shape[2]];
         let t = p + first;
         let params = [p, t, c, first, 0].map(|v| v as u32);
         for cut in cx.cuts(n, &[p * c, t * c])? {
             let (x, y) = (cut.of(Arg::In(0), p * c), cut.of(Arg::Out(0), t * c));
-            let args = [x, y, Arg::In(1 + first), Arg::In(1)];
+            let args = [x, y, Arg::In(1 + usize::from(first > 0)), Arg::In(1)];
             let n = cut.rows * t * c;
             cx.items(("tokens.wgsl", "embed"), &[], n, &args, &params)?;
         }
@@ -122,9 +131,10 @@ impl Op for TokenEmbed {
 
     fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
         use cuda::Arg;
-        let first = usize::from(self.cls);
+        let first = self.prefix;
         let [n, p, c] = [cx.x[0].shape[0], cx.x[0].shape[1], cx.x[0].shape[2]];
-        let operands = [Arg::In(0), Arg::in_if(self.cls, 1), Arg::In(1 + first)];
+        let pos = 1 + usize::from(first > 0);
+        let operands = [Arg::In(0), Arg::in_if(first > 0, 1), Arg::In(pos)];
         move_tokens(cx, "embed", n, [p, p + first, c], &operands)
     }
 }
@@ -135,12 +145,12 @@ fn add(a: &[f32], b: &[f32], y: &mut [f32]) {
     }
 }
 
-/// The gradients of [`TokenEmbed`]. Operand: dy `[N, T, C]`. Results: dpatches `[N, P, C]`, where `cls` dcls `[C]`,
-/// dpos `[T, C]`; the last two are sums over N, in order.
+/// The gradients of [`TokenEmbed`]. Operand: dy `[N, T, C]`. Results: dpatches `[N, P, C]`, where there is a
+/// prefix dprefix `[prefix * C]`, dpos `[T, C]`; the last two are sums over N, in order.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct TokenEmbedBwd {
-    /// There is a class token.
-    pub cls: bool,
+    /// Learned tokens in front.
+    pub prefix: usize,
 }
 
 impl Op for TokenEmbedBwd {
@@ -152,11 +162,11 @@ impl Op for TokenEmbedBwd {
             "takes one operand [N, T, C]"
         );
         let [n, t, c] = [x[0].shape[0], x[0].shape[1], x[0].shape[2]];
-        let first = usize::from(self.cls);
-        ensure!(t > first, "has no token beside the class token");
+        let first = self.prefix;
+        ensure!(t > first, "has no patch behind its {first} tokens in front");
         let mut out = vec![Spec::f32([n, t - first, c])];
-        if self.cls {
-            out.push(Spec::f32([c]));
+        if first > 0 {
+            out.push(Spec::f32([first * c]));
         }
         out.push(Spec::f32([t, c]));
         Ok(out)
@@ -170,15 +180,16 @@ impl Op for TokenEmbedBwd {
     }
 
     fn reference(&self, x: &[&Host], y: &mut [Host]) {
-        let first = usize::from(self.cls);
+        let first = self.prefix;
         let [n, t, c] = [x[0].shape[0], x[0].shape[1], x[0].shape[2]];
+        let last = y.len() - 1;
         for i in 0..n {
             for j in 0..t {
                 for k in 0..c {
                     let dy = x[0].data[(i * t + j) * c + k];
-                    y[1 + first].data[j * c + k] += dy;
+                    y[last].data[j * c + k] += dy;
                     if j < first {
-                        y[1].data[k] += dy;
+                        y[1].data[j * c + k] += dy;
                     } else {
                         y[0].data[(i * (t - first) + j - first) * c + k] = dy;
                     }
@@ -188,27 +199,27 @@ impl Op for TokenEmbedBwd {
     }
 
     fn cpu(&self, cx: &mut CpuCx) -> Result<CpuKernel> {
-        let (cls, n, c) = (self.cls, cx.x[0].shape[0], cx.x[0].shape[2]);
+        let (first, n, c) = (self.prefix, cx.x[0].shape[0], cx.x[0].shape[2]);
         let [from, to] = [cx.x[0].shape[1] * c, cx.y[0].shape[1] * c];
         cx.workspace(par::column_sums_scratch(n, from));
         Ok(Box::new(move |a| {
             let dy = a.x(0);
             let patches = par::SharedMut::new(a.y(0));
-            let pos = a.y(1 + usize::from(cls));
+            let pos = a.y(1 + usize::from(first > 0));
             par::column_sums(n, from, a.work(), pos, |i, sums| {
                 let row = &dy[i * from..(i + 1) * from];
                 // SAFETY: one call per image.
                 unsafe { patches.slice(i * to, to) }.copy_from_slice(&row[from - to..]);
                 sums.iter_mut().zip(row).for_each(|(s, v)| *s += v);
             });
-            if cls {
-                a.y(1).copy_from_slice(&pos[..c]);
+            if first > 0 {
+                a.y(1).copy_from_slice(&pos[..first * c]);
             }
         }))
     }
 
     fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
-        let first = usize::from(self.cls);
+        let first = self.prefix;
         let [n, t, c] = [cx.x[0].shape[0], cx.x[0].shape[1], cx.x[0].shape[2]];
         let p = t - first;
         let params = [p, t, c, first, 0].map(|v| v as u32);
@@ -217,21 +228,23 @@ impl Op for TokenEmbedBwd {
             let n = cut.rows * p * c;
             cx.items(("tokens.wgsl", "patches"), &[], n, &args, &params)?;
         }
-        if self.cls {
-            cx.sum_parts(Arg::In(0), Arg::Out(1), n, t * c, c)?;
+        if first > 0 {
+            cx.sum_parts(Arg::In(0), Arg::Out(1), n, t * c, first * c)?;
         }
-        cx.sum_parts(Arg::In(0), Arg::Out(1 + first), n, t * c, t * c)
+        let pos = Arg::Out(1 + usize::from(first > 0));
+        cx.sum_parts(Arg::In(0), pos, n, t * c, t * c)
     }
 
     fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
         use cuda::Arg;
-        let first = usize::from(self.cls);
+        let first = self.prefix;
         let [n, t, c] = [cx.x[0].shape[0], cx.x[0].shape[1], cx.x[0].shape[2]];
         move_tokens(cx, "patches", n, [t - first, t, c], &[Arg::In(0)])?;
-        if self.cls {
-            cx.sum_parts(Arg::In(0), Arg::Out(1), n, t * c, c)?;
+        if first > 0 {
+            cx.sum_parts(Arg::In(0), Arg::Out(1), n, t * c, first * c)?;
         }
-        cx.sum_parts(Arg::In(0), Arg::Out(1 + first), n, t * c, t * c)
+        let pos = Arg::Out(1 + usize::from(first > 0));
+        cx.sum_parts(Arg::In(0), pos, n, t * c, t * c)
     }
 }
 
@@ -409,16 +422,19 @@ fn pick_cuda(cx: &mut CudaCx, entry: &'static str, [t, c, index]: [usize; 3]) ->
 }
 
 impl Graph {
-    /// The class token (where there is one) before the patches `[N, P, C]`, and the position table added: `[N, T, C]`.
+    /// The learned tokens (where there are some) before the patches `[N, P, C]`, and the position table added: `[N, T, C]`.
     ///
-    /// `cls` has C elements and `pos` T * C, whatever their shapes.
+    /// `prefix` has C elements a token and `pos` T * C, whatever their shapes.
     ///
     /// # Errors
     /// A number of elements does not fit.
-    pub fn token_embed(&mut self, patches: Tid, cls: Option<Tid>, pos: Tid) -> Result<Tid> {
-        let op = TokenEmbed { cls: cls.is_some() };
+    pub fn token_embed(&mut self, patches: Tid, prefix: Option<Tid>, pos: Tid) -> Result<Tid> {
+        let c = self.spec(patches).channels().max(1);
+        let op = TokenEmbed {
+            prefix: prefix.map_or(0, |t| self.spec(t).len() / c),
+        };
         let mut operands = vec![patches];
-        operands.extend(cls);
+        operands.extend(prefix);
         operands.push(pos);
         self.push1(op, &operands)
     }
@@ -435,20 +451,21 @@ impl Graph {
 /// The room of [`TokenEmbed`].
 pub const EMBED: Room = Room {
     name: "token_embed",
-    about: "class token before the patches, position table added",
+    about: "learned tokens before the patches, position table added",
     case: |p| {
         let (n, patches, c) = (p.get("n", 2)?, p.get("p", 4)?, p.get("c", 8)?);
-        let cls = p.flag("cls")?;
-        let table = p.get("table", patches + usize::from(cls))?;
-        Ok(Case::new(TokenEmbed { cls })
+        let prefix: usize = p.get("cls", 0)?;
+        let table = p.get("table", patches + prefix)?;
+        Ok(Case::new(TokenEmbed { prefix })
             .x(&[n, patches, c])
-            .x_if(cls, &[1, 1, c])
+            .x_if(prefix > 0, &[prefix, 1, c])
             .x(&[1, table, c]))
     },
     cases: &[
         "n=1,p=1,c=1",
         "n=1,p=1,c=1,cls=1",
         "n=3,p=5,c=7,cls=1",
+        "n=3,p=5,c=8,cls=2",
         "n=2,p=16,c=20",
         "n=128,p=64,c=16,cls=1",
         "n=3,p=196,c=192,cls=1",
