@@ -223,6 +223,15 @@ fn weights_that_do_not_fit_are_refused() {
         2,
         &["resnet20"],
     );
+    bad(&["weights", "fetch", "resnet51"], 2, &["resnet51"]);
+    let name = "swin_tiny_patch4_window7_224.ms_in1k";
+    let o = Command::new(env!("CARGO_BIN_EXE_tilewright"))
+        .args(["predict", "-w", name, "x.png"])
+        .env("HF_HUB_CACHE", dir.path())
+        .output()
+        .unwrap();
+    assert_eq!(o.status.code(), Some(2));
+    assert!(stderr(&o).contains(&format!("weights fetch {name}")));
     let cut = dir.path().join("cut.safetensors");
     std::fs::write(&cut, &std::fs::read(ten).unwrap()[..5000]).unwrap();
     bad(&["weights", "inspect", text(&cut)], 2, &["cut.safetensors"]);

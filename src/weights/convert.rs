@@ -156,6 +156,7 @@ pub fn convert(
 mod tests {
     use super::*;
     use crate::models::init::initial;
+    use crate::weights::load::tests::small_swin;
     use crate::weights::{FloatFormat, SaveData, save};
     use std::collections::BTreeMap;
 
@@ -175,24 +176,35 @@ mod tests {
     fn there_and_back_again_is_the_same_bit_for_bit() {
         use Library::*;
         for (id, libraries) in [
-            ("resnet18", &[Torchvision, Hf][..]),
-            ("vit_tiny_patch16_32", &[Timm, Torchvision, Hf]),
-            ("deit_tiny_distilled_patch16_32", &[Timm, Hf]),
-            ("dinov2_small", &[Timm, Hf]),
-            ("swin_tiny_patch4_window2_64", &[Timm, Torchvision, Hf]),
+            (
+                "vit:patch=8,dim=24,depth=2,heads=3",
+                &[Timm, Torchvision, Hf][..],
+            ),
+            ("deit", &[Timm, Hf]),
+            (
+                "vit:patch=7,dim=24,depth=2,heads=3,ls=1,img=28",
+                &[Timm, Hf],
+            ),
+            ("swin", &[Timm, Torchvision, Hf]),
+            ("resnet18", &[Torchvision, Hf]),
         ] {
-            let model = find(id).unwrap();
+            let model = match id {
+                "swin" => small_swin(),
+                "deit" => {
+                    let mut model = find("vit:patch=8,dim=24,depth=2,heads=3").unwrap();
+                    if let Arch::Vit(net) = &mut model.arch {
+                        net.distilled = true;
+                    }
+                    model
+                }
+                id => find(id).unwrap(),
+            };
             let options = ModelOptions {
                 classes: Some(3),
                 ..Default::default()
             };
-            let side = if id == "dinov2_small" {
-                28
-            } else {
-                model.image
-            };
             let net = model
-                .net(1, (side, side), Mode::default(), &options)
+                .net(1, (model.image, model.image), Mode::default(), &options)
                 .unwrap();
             let first = FileNames::plain(&net.graph, libraries[0].naming(&model).unwrap());
             let first = first.export(&net.graph, initial(&net.graph, 3), 7);

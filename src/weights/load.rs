@@ -587,4 +587,4 @@ fn identify_swin(file: &WeightFile, scheme: &Scheme, classes: &str) -> Option<St
 
 #[cfg(test)]
 #[path = "load_tests.rs"]
-mod tests;
+pub(super) mod tests;
