@@ -2,6 +2,7 @@
 
 pub mod cpu;
 pub mod cuda;
+pub mod source;
 pub mod wgpu;
 
 use crate::graph::plan::Memory;

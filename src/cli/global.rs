@@ -136,10 +136,13 @@ impl Global {
     /// # Errors
     /// `--kernels` is not a folder.
     pub fn cuda_options(&self) -> Result<CudaOptions> {
-        let source = match &self.kernels {
-            Some(dir) => KernelSource::from_dir(dir)?,
-            None => KernelSource::default(),
-        };
+        let mut source = KernelSource::default();
+        if let Some(dir) = &self.kernels {
+            source.0 = source
+                .0
+                .replaced_by(dir)
+                .map_err(|e| e.context("--kernels"))?;
+        }
         Ok(CudaOptions {
             source,
             precision: self.precision.unwrap_or_default(),
@@ -152,10 +155,13 @@ impl Global {
     /// # Errors
     /// `--shaders` is not a folder.
     pub fn wgpu_options(&self) -> Result<WgpuOptions> {
-        let shaders = match &self.shaders {
-            Some(dir) => ShaderSource::from_dir(dir)?,
-            None => ShaderSource::default(),
-        };
+        let mut shaders = ShaderSource::default();
+        if let Some(dir) = &self.shaders {
+            shaders.0 = shaders
+                .0
+                .replaced_by(dir)
+                .map_err(|e| e.context("--shaders"))?;
+        }
         Ok(WgpuOptions {
             shaders,
             ..WgpuOptions::default()

@@ -159,7 +159,7 @@ mod tests {
         if present().is_none() {
             return;
         }
-        for (name, _) in super::super::sources::EMBEDDED {
+        for name in KernelSource::default().0.names() {
             if !name.ends_with(".cu") {
                 continue;
             }

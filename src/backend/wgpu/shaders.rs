@@ -5,85 +5,23 @@
 //! - `//#for i N` ... `//#end`: the lines between, N times (a number or a constant), with `${i}` as 0, 1, ... N-1. WGSL
 //!   has no macros, and accumulators stay in registers only where they are named one by one.
 
+use crate::backend::source::SourceFolder;
 use crate::{Error, Result};
-use std::path::{Path, PathBuf};
 
-macro_rules! embedded {
-    ($($name:literal),* $(,)?) => {
-        &[$(($name, include_str!(concat!("../../../shaders/", $name)))),*]
-    };
-}
+/// `shaders/`, or a folder in its place.
+#[derive(Clone, Debug)]
+pub struct ShaderSource(pub SourceFolder);
 
-/// Every file of `shaders/`, as built into the program.
-pub const EMBEDDED: &[(&str, &str)] = embedded![
-    "attention.wgsl",
-    "attention_lanes.wgsl",
-    "augment.wgsl",
-    "batch_norm.wgsl",
-    "ceiling.wgsl",
-    "elementwise.wgsl",
-    "fill.wgsl",
-    "gemm.wgsl",
-    "gemm_lanes.wgsl",
-    "gemm_tile.wgsl",
-    "layer_norm.wgsl",
-    "layer_scale.wgsl",
-    "loss.wgsl",
-    "math.wgsl",
-    "optim.wgsl",
-    "pad2d.wgsl",
-    "patch_merge.wgsl",
-    "philox.wgsl",
-    "pool.wgsl",
-    "random.wgsl",
-    "reduce.wgsl",
-    "tokens.wgsl",
-    "window_attention.wgsl"
-];
-
-/// Where sources come from.
-#[derive(Clone, Debug, Default)]
-pub struct ShaderSource {
-    /// A folder that replaces the embedded files.
-    pub dir: Option<PathBuf>,
+impl Default for ShaderSource {
+    fn default() -> Self {
+        ShaderSource(SourceFolder::wgsl())
+    }
 }
 
 /// Constants of a launch: name and value as WGSL writes it.
 pub type Consts = Vec<(&'static str, String)>;
 
 impl ShaderSource {
-    /// A source that reads from `dir`.
-    ///
-    /// # Errors
-    /// [`Error::Input`] where it is not a folder.
-    pub fn from_dir(dir: &Path) -> Result<ShaderSource> {
-        if !dir.is_dir() {
-            return Err(Error::input(format!(
-                "--shaders {}: not a folder",
-                dir.display()
-            )));
-        }
-        Ok(ShaderSource {
-            dir: Some(dir.to_path_buf()),
-        })
-    }
-
-    /// The text of `name` as it was written.
-    ///
-    /// # Errors
-    /// [`Error::Input`] where the file does not exist.
-    pub fn read(&self, name: &str) -> Result<String> {
-        if let Some(dir) = &self.dir {
-            let path = dir.join(name);
-            return std::fs::read_to_string(&path).map_err(|e| Error::reading(&path, e));
-        }
-        EMBEDDED
-            .iter()
-            .find(|(n, _)| *n == name)
-            .map(|(_, text)| text.to_string())
-            .ok_or_else(|| Error::run(format!("no shader named {name} is built in")))
-    }
-
     /// The WGSL of `name` for a launch's constants.
     ///
     /// # Errors
@@ -125,7 +63,7 @@ impl ShaderSource {
             return Ok(());
         }
         seen.push(name.to_string());
-        for line in self.read(name)?.lines() {
+        for line in self.0.read(name)?.lines() {
             let file = line.trim().strip_prefix("//#include \"");
             match file.and_then(|l| l.strip_suffix('"')) {
                 Some(file) => self.include(file, seen, out)?,
@@ -203,7 +141,7 @@ mod tests {
     #[test]
     fn naga_accepts_every_shader() {
         let source = ShaderSource::default();
-        for (name, _) in EMBEDDED {
+        for name in source.0.names() {
             let text = source.assemble(name, &vec![]).unwrap();
             let module = naga::front::wgsl::parse_str(&text)
                 .unwrap_or_else(|e| panic!("{name}: {}", e.emit_to_string(&text)));
@@ -223,7 +161,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let text = "//#const N 3\n//#for i N\n//#for j 2\nv${i}${j}\n//#end\n//#end\n";
         std::fs::write(dir.path().join("t.wgsl"), text).unwrap();
-        let source = ShaderSource::from_dir(dir.path()).unwrap();
+        let source = ShaderSource(SourceFolder::wgsl().replaced_by(dir.path()).unwrap());
         let out = source
             .assemble("t.wgsl", &vec![("N", "2".to_string())])
             .unwrap();
