@@ -6,32 +6,52 @@ use clap::Args;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fmt::Write;
+use std::path::PathBuf;
 use std::process::ExitCode;
-use tilewright::backend::cuda::{self, Count};
+use tilewright::backend::cuda::{self, Count, Precision};
 use tilewright::backend::wgpu::{Wgpu, WgpuOptions, adapters};
 use tilewright::backend::{Backend, CompileOptions};
-use tilewright::ops::check::{Finding, case_graph, check_gradients, run_case, seed_of};
+use tilewright::ops::check::{
+    Finding, case_graph, case_seed, check_gradients, has_precisions, repeat_case, run_seeded,
+    seed_of,
+};
+use tilewright::ops::coverage::coverage;
+use tilewright::ops::fuzz::{random_case, shrink};
 use tilewright::ops::{ROOMS, Room, room};
+use tilewright::philox::Philox;
 use tilewright::report::table::Table;
 use tilewright::{Error, Result};
 
 /// Every kernel on every backend present against its float64 reference, forward and backward, and the reference's
-/// gradients against central differences. An error of 1 is the whole allowance.
+/// gradients against central differences. Results are poisoned before each launch, and marked memory stands between all
+/// tensors. An error of 1 is the whole allowance.
 #[derive(Args)]
 #[command(after_help = "Examples:
   tilewright check
   tilewright check conv2d --backend wgpu --variants
+  tilewright check layer_norm --fuzz 50 --seed 7
+  tilewright check --determinism 10
+  tilewright check --coverage
   tilewright check 'linear(n=5,c=7,k=3)'")]
 pub struct Check {
     /// An op, or one case of an op as `op(key=value,...)` [default: every case of every op]
     #[arg(value_name = "OP")]
     op: Option<String>,
-    /// Check every kernel variant, not only the one that the default rule picks
+    /// Check every kernel variant and, on cuda, every precision, not only what the default rule picks
     #[arg(long)]
     variants: bool,
     /// What each kernel did, as cuda:sim counts it: instructions, memory traffic, bank conflicts
     #[arg(long)]
     counters: bool,
+    /// Also this many random cases of each op, within its shape rule; one that fails is made as small as it goes
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    fuzz: usize,
+    /// Run each case this many times, in two compilations, and compare the bits of every result, in place of the check
+    #[arg(long, value_name = "N", value_parser = super::source::positive)]
+    determinism: Option<usize>,
+    /// List what has no test: kernels that no case launches, variants, ops of models, rooms without an edge case
+    #[arg(long)]
+    coverage: bool,
     /// List the cases and check nothing
     #[arg(long)]
     list: bool,
@@ -65,35 +85,53 @@ struct Tally {
     runs: usize,
     tensors: usize,
     failed: usize,
-    worst: f64,
+    worst: Option<Finding>,
+    /// The case of the worst.
     at: String,
+    /// The seed of its values.
+    seed: u64,
+}
+
+/// One run of a case, for messages.
+struct Run<'a> {
+    room: &'a Room,
+    params: &'a str,
+    /// ` on wgpu, conv2d variant tile`.
+    how: String,
+    /// The command that repeats it.
+    repeat: String,
+    seed: u64,
 }
 
 impl Tally {
     /// Takes what a case came to; `false` where something is wrong, which is told on standard error.
-    fn take(&mut self, what: &str, found: Result<Vec<Finding>>, repeat: &str) -> bool {
+    fn take(&mut self, run: &Run, found: Result<Vec<Finding>>) -> bool {
+        let what = format!("{}({}){}", run.room.name, run.params, run.how);
+        self.runs += 1;
+        let seed = case_seed(run.room, run.params, run.seed);
         let found = match found {
             Ok(found) => found,
             Err(e) => {
                 self.failed += 1;
-                note(&format!("FAILED {what}: {e}\n  repeat: {repeat}"));
+                note(&format!("FAILED {what}: {e}\n  repeat: {}", run.repeat));
                 return false;
             }
         };
         let mut good = true;
-        for f in &found {
-            self.tensors += 1;
-            if f.worst.is_nan() || f.worst > self.worst {
-                self.worst = f.worst;
-                self.at = format!("{what} {}", f.tensor);
-            }
+        self.tensors += found.len();
+        for f in found {
             if !f.ok() {
                 good = false;
                 note(&format!(
-                    "FAILED {what}: {} is {} times its allowance off at element {}: {}, the reference says {}\n  \
-                     repeat: {repeat}",
-                    f.tensor, f.worst, f.index, f.got, f.want
+                    "FAILED {what}: {f} (seed {seed:016x})\n  repeat: {}",
+                    run.repeat
                 ));
+            }
+            let before = self.worst.as_ref().map_or(-1.0, |w| w.worst);
+            if f.worst.is_nan() || f.worst > before {
+                self.worst = Some(f);
+                self.at = format!("{}({})", run.room.name, run.params);
+                self.seed = seed;
             }
         }
         self.failed += usize::from(!good);
@@ -163,42 +201,111 @@ impl Check {
         names.into_iter().map(open).collect()
     }
 
-    fn check_room(
+    /// Flags that a command needs to repeat a run of this one.
+    fn flags(&self, g: &Global) -> String {
+        let mut out = String::new();
+        let mut flag = |name: &str, value: Option<String>| {
+            if let Some(v) = value {
+                let _ = write!(out, " {name} {v}");
+            }
+        };
+        let dir = |d: &Option<PathBuf>| d.as_ref().map(|d| d.display().to_string());
+        flag("--shaders", dir(&g.shaders));
+        flag("--kernels", dir(&g.kernels));
+        flag("--seed", (g.seed != 0).then(|| g.seed.to_string()));
+        out
+    }
+
+    /// One case on a backend, by the default rule or in every variant and precision; `true` where all is right.
+    fn check_case(
         &self,
         tally: &mut Tally,
-        room: &Room,
-        cases: &[String],
-        name: &str,
-        backend: &dyn Backend,
-    ) {
-        for params in cases {
-            tally.cases += 1;
-            let case = format!("{}({params})", room.name);
-            let repeat = format!("tilewright check '{case}' --backend {name}");
+        g: &Global,
+        (room, params): (&Room, &str),
+        (name, backend): (&str, &dyn Backend),
+    ) -> bool {
+        tally.cases += 1;
+        let case = format!("{}({params})", room.name);
+        let all = self.variants && g.precision.is_none() && name.starts_with("cuda");
+        let precisions = match all && has_precisions(room, params).unwrap_or(false) {
+            true => &[Precision::F32, Precision::Tf32, Precision::Bf16][..],
+            false => &[g.precision.unwrap_or(Precision::F32)][..],
+        };
+        let mut good = true;
+        for &precision in precisions {
             let mut options = CompileOptions {
                 poison: true,
+                precision: name.starts_with("cuda").then_some(precision),
                 ..CompileOptions::default()
             };
-            tally.runs += 1;
-            let found = run_case(room, params, backend, &options);
-            tally.take(&format!("{case} on {name}"), found, &repeat);
+            let (mut how, mut flags) = (format!(" on {name}"), self.flags(g));
+            if precision != Precision::F32 {
+                how += &format!(" in {precision}");
+                flags += &format!(" --precision {precision}");
+            }
+            let mut run = Run {
+                room,
+                params,
+                how: how.clone(),
+                repeat: format!("tilewright check '{case}' --backend {name}{flags}"),
+                seed: g.seed,
+            };
+            good &= tally.take(&run, run_seeded(room, params, backend, &options, g.seed));
             if !self.variants {
                 continue;
             }
+            run.repeat += " --variants";
             for (op, list) in variants(room, params, backend).unwrap_or_default() {
                 for variant in &list[1..] {
                     options.variants = [(op.to_string(), variant.to_string())].into();
-                    match run_case(room, params, backend, &options) {
+                    match run_seeded(room, params, backend, &options, g.seed) {
                         // A variant need not support every shape, and says so.
                         Err(Error::Input(_)) => {}
                         found => {
-                            tally.runs += 1;
-                            let what = format!("{case} on {name}, {op} variant {variant}");
-                            tally.take(&what, found, &format!("{repeat} --variants"));
+                            run.how = format!("{how}, {op} variant {variant}");
+                            good &= tally.take(&run, found);
                         }
                     }
                 }
             }
+        }
+        good
+    }
+
+    /// Random cases of a room on a backend.
+    fn fuzz_room(
+        &self,
+        tally: &mut Tally,
+        g: &Global,
+        room: &Room,
+        (name, backend): (&str, &dyn Backend),
+    ) {
+        let mut rng = Philox::new(seed_of(room.name), g.seed as u32);
+        for _ in 0..self.fuzz {
+            let Some(params) = random_case(room, &mut rng) else {
+                return;
+            };
+            if self.check_case(tally, g, (room, &params), (name, backend)) {
+                continue;
+            }
+            let options = CompileOptions {
+                poison: true,
+                ..CompileOptions::default()
+            };
+            let small = shrink(room, &params, |p| {
+                match run_seeded(room, p, backend, &options, g.seed) {
+                    Ok(found) => found.iter().any(|f| !f.ok()),
+                    Err(e) => !matches!(e, Error::Input(_)),
+                }
+            });
+            if small != params {
+                note(&format!(
+                    "  smallest: tilewright check '{}({small})' --backend {name}{}",
+                    room.name,
+                    self.flags(g)
+                ));
+            }
+            return;
         }
     }
 
@@ -207,25 +314,39 @@ impl Check {
         if self.list {
             return list(g, &cases);
         }
+        if self.coverage {
+            return show_coverage(g);
+        }
         let backends = self.backends(g)?;
+        if let Some(runs) = self.determinism {
+            return determinism(g, &cases, &backends, runs);
+        }
         let mut rows: Vec<(&str, String, Tally)> = vec![];
         for (room, cases) in &cases {
             let mut tally = Tally::default();
             for params in cases {
                 tally.cases += 1;
-                tally.runs += 1;
-                let case = format!("{}({params})", room.name);
-                let what = format!("gradient of {case}");
-                tally.take(
-                    &what,
-                    check_gradients(room, params),
-                    &format!("tilewright check '{case}'"),
-                );
+                let run = Run {
+                    room,
+                    params,
+                    how: ": the reference's gradient".into(),
+                    repeat: format!(
+                        "tilewright check '{}({params})'{}",
+                        room.name,
+                        self.flags(g)
+                    ),
+                    seed: g.seed,
+                };
+                tally.take(&run, check_gradients(room, params, g.seed));
             }
             rows.push((room.name, "gradient".into(), tally));
             for (name, backend) in &backends {
                 let mut tally = Tally::default();
-                self.check_room(&mut tally, room, cases, name, backend.as_ref());
+                let on = (name.as_str(), backend.as_ref());
+                for params in cases {
+                    self.check_case(&mut tally, g, (room, params), on);
+                }
+                self.fuzz_room(&mut tally, g, room, on);
                 rows.push((room.name, name.clone(), tally));
             }
         }
@@ -238,9 +359,12 @@ impl Check {
             let rows: Vec<Value> = rows
                 .iter()
                 .map(|(op, on, t)| {
+                    let worst = t.worst.as_ref();
                     json!({
                         "op": op, "checked": on, "cases": t.cases, "runs": t.runs, "tensors": t.tensors,
-                        "failed": t.failed, "worst": t.worst, "worst_at": t.at,
+                        "failed": t.failed, "worst": worst.map(|w| w.worst), "worst_at": t.at,
+                        "place": worst.map(Finding::place), "error": worst.map(error), "allowed":
+                        worst.map(|w| w.allowed), "seed": format!("{:016x}", t.seed),
                     })
                 })
                 .collect();
@@ -248,20 +372,30 @@ impl Check {
             json(&json!({"failed": failed, "results": rows, "counters": counts}))?;
         } else {
             let mut t = Table::new([
-                "op", "checked", "cases", "runs", "tensors", "failed", "worst", "where",
+                "op", "checked", "cases", "runs", "tensors", "failed", "worst", "error", "allowed",
+                "place", "case", "seed",
             ])
-            .left(&[0, 1, 7]);
+            .left(&[0, 1, 9, 10, 11]);
             for (op, on, tally) in &rows {
-                t.row([
+                let mut row = vec![
                     op.to_string(),
                     on.clone(),
                     tally.cases.to_string(),
                     tally.runs.to_string(),
                     tally.tensors.to_string(),
                     tally.failed.to_string(),
-                    format!("{:.3}", tally.worst),
-                    tally.at.clone(),
-                ]);
+                ];
+                if let Some(w) = &tally.worst {
+                    row.extend([
+                        format!("{:.3}", w.worst),
+                        format!("{:.1e}", error(w)),
+                        format!("{:.1e}", w.allowed),
+                        w.place(),
+                        tally.at.clone(),
+                        format!("{:016x}", tally.seed),
+                    ]);
+                }
+                t.row(row);
             }
             let mut out = t.to_text();
             if self.counters {
@@ -276,6 +410,95 @@ impl Check {
         }
         Ok(ExitCode::from(u8::from(failed > 0)))
     }
+}
+
+fn error(f: &Finding) -> f64 {
+    (f.got - f.want).abs()
+}
+
+/// The bits of every result, over repeats.
+fn determinism(
+    g: &Global,
+    cases: &Cases,
+    backends: &[(String, Box<dyn Backend>)],
+    runs: usize,
+) -> Result<ExitCode> {
+    let mut t = Table::new(["op", "on", "cases", "runs each", "differing"]).left(&[0, 1]);
+    let mut rows: Vec<Value> = vec![];
+    let mut failed = 0;
+    for (room, cases) in cases {
+        for (name, backend) in backends {
+            // Large shapes too, which need no reference here: that is where threads and blocks race.
+            let large = match name.as_str() {
+                "cuda:sim" => &[][..],
+                _ => room.bench,
+            };
+            let cases = cases
+                .iter()
+                .map(String::as_str)
+                .chain(large.iter().copied());
+            let (mut count, mut differing) = (0, 0);
+            for params in cases {
+                count += 1;
+                let options = CompileOptions::default();
+                let what = format!("{}({params}) on {name}", room.name);
+                match repeat_case(room, params, backend.as_ref(), &options, runs)? {
+                    None => {}
+                    Some(u) => {
+                        differing += 1;
+                        note(&format!(
+                            "FAILED {what}: run {} gave other bits for {}, first at element {}",
+                            u.run, u.tensor, u.index
+                        ));
+                    }
+                }
+            }
+            failed += differing;
+            let numbers = [count, runs, differing].map(|v: usize| v.to_string());
+            t.row(
+                [room.name.to_string(), name.clone()]
+                    .into_iter()
+                    .chain(numbers),
+            );
+            rows.push(json!({"op": room.name, "on": name, "cases": count, "runs": runs, "differing": differing}));
+        }
+    }
+    match g.json {
+        true => json(&json!({"failed": failed, "results": rows}))?,
+        false => print(&format!(
+            "{}\n{}\n",
+            t.to_text(),
+            match failed {
+                0 => "the same bits every time".to_string(),
+                n => format!("{n} differ"),
+            }
+        ))?,
+    }
+    Ok(ExitCode::from(u8::from(failed > 0)))
+}
+
+/// What has no test.
+fn show_coverage(g: &Global) -> Result<ExitCode> {
+    let found = coverage(&g.cuda_options()?.source, &g.wgpu_options()?.shaders)?;
+    if g.json {
+        let gaps = found.gaps.iter();
+        let gaps: Vec<Value> = gaps
+            .map(|x| json!({"kind": x.kind, "name": x.name, "lacks": x.lacks}))
+            .collect();
+        json(&json!({"counted": found.counted, "gaps": gaps}))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut t = Table::new(["kind", "there are", "without a test"]).left(&[0]);
+    for (kind, n) in &found.counted {
+        let lacking = found.gaps.iter().filter(|x| x.kind == *kind).count();
+        t.row([kind.to_string(), n.to_string(), lacking.to_string()]);
+    }
+    let mut out = t.to_text() + "\n";
+    for x in &found.gaps {
+        let _ = writeln!(out, "{} {} lacks {}", x.kind, x.name, x.lacks);
+    }
+    print(&out)?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn count_json((kernel, count): &(String, Count)) -> Value {

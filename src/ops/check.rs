@@ -3,12 +3,14 @@
 
 use super::Room;
 use super::case::{Case, Fill, Operand};
+use super::guard::Guarded;
 use super::reference::{Host, Values, fetch, interpret, store};
-use crate::backend::cuda::Precision;
-use crate::backend::{Backend, CompileOptions};
+use crate::backend::cuda::{CudaCx, Precision, Traits};
+use crate::backend::{Backend, CompileOptions, Exec};
 use crate::graph::{DType, Graph, Kind, Phase, Tid};
 use crate::philox::Philox;
 use crate::{Error, Result};
+use std::fmt;
 use std::sync::Arc;
 
 /// Largest error allowed in float32, relative to the reference tensor's scale (its root mean square and, per element,
@@ -28,12 +30,54 @@ pub struct Finding {
     pub got: f64,
     /// What the reference says.
     pub want: f64,
+    /// The error that was allowed there.
+    pub allowed: f64,
+    /// The tensor's shape, where it is known.
+    pub shape: Vec<usize>,
 }
 
 impl Finding {
     /// Within the tolerance.
     pub fn ok(&self) -> bool {
         self.worst <= 1.0
+    }
+
+    /// Tensor and element: `y0[2, 0, 7]`.
+    pub fn place(&self) -> String {
+        let mut rest = self.index;
+        let mut at: Vec<usize> = vec![];
+        for &extent in self.shape.iter().rev().filter(|&&e| e > 0) {
+            at.push(rest % extent);
+            rest /= extent;
+        }
+        match at.is_empty() {
+            true => self.tensor.clone(),
+            false => {
+                at.reverse();
+                format!("{}{at:?}", self.tensor)
+            }
+        }
+    }
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let place = self.place();
+        match (self.got.is_nan(), self.want.is_nan()) {
+            (true, false) => write!(
+                f,
+                "{place} is NaN, or nobody wrote it; the reference says {}",
+                self.want
+            ),
+            _ => write!(
+                f,
+                "{place} is {}, the reference says {}: off by {:.3e}, allowed {:.3e}",
+                self.got,
+                self.want,
+                (self.got - self.want).abs(),
+                self.allowed
+            ),
+        }
     }
 }
 
@@ -162,6 +206,23 @@ impl CaseGraph {
         v
     }
 
+    /// Sets every input that the compiled graph reads.
+    ///
+    /// # Errors
+    /// The device is lost.
+    pub fn write(&self, exec: &mut dyn Exec) -> Result<()> {
+        for (t, data, dtype) in &self.inputs {
+            if exec.memory().place(*t).is_none() {
+                continue;
+            }
+            match dtype {
+                DType::F32 => exec.write(*t, data)?,
+                DType::U32 => exec.write_u32(*t, bytemuck::cast_slice(data))?,
+            }
+        }
+        Ok(())
+    }
+
     /// Everything computed by the references.
     pub fn reference(&self) -> Values {
         let mut v = self.values();
@@ -190,8 +251,11 @@ fn compare_by(
         index: 0,
         got: 0.0,
         want: 0.0,
+        allowed: 0.0,
+        shape: vec![],
     };
     for (i, (&g, &w)) in got.iter().zip(want).enumerate() {
+        let allowed = allowance(w, rms);
         let ratio = if w.is_nan() || w.is_infinite() {
             if g == w || (g.is_nan() && w.is_nan()) {
                 0.0
@@ -199,7 +263,7 @@ fn compare_by(
                 f64::NAN
             }
         } else {
-            (g - w).abs() / (allowance(w, rms) + 1e-30)
+            (g - w).abs() / (allowed + 1e-30)
         };
         if ratio.is_nan() || ratio > worst.worst {
             worst = Finding {
@@ -208,6 +272,8 @@ fn compare_by(
                 index: i,
                 got: g,
                 want: w,
+                allowed,
+                shape: vec![],
             };
             if ratio.is_nan() {
                 break;
@@ -254,6 +320,11 @@ impl CaseGraph {
 /// How much larger than the error of rounding the operands alone the error of a kernel in tf32 or bf16 may be.
 pub const ROUNDING_FACTOR: f64 = 2.5;
 
+/// The seed of a room's case: its name's hash, varied by the program's `--seed`.
+pub fn case_seed(room: &Room, params: &str, seed: u64) -> u64 {
+    seed_of(&format!("{}({params})", room.name)) ^ seed.wrapping_mul(0x9e37_79b9_7f4a_7c15)
+}
+
 /// Runs one case on a backend and compares every result and gradient with the reference.
 ///
 /// # Errors
@@ -264,20 +335,29 @@ pub fn run_case(
     backend: &dyn Backend,
     options: &CompileOptions,
 ) -> Result<Vec<Finding>> {
+    run_seeded(room, params, backend, options, 0)
+}
+
+/// [`run_case`] with the values of another seed than 0.
+///
+/// # Errors
+/// As [`run_case`].
+pub fn run_seeded(
+    room: &Room,
+    params: &str,
+    backend: &dyn Backend,
+    options: &CompileOptions,
+    seed: u64,
+) -> Result<Vec<Finding>> {
     let case = room.build(params)?;
-    let cg = case_graph(&case, seed_of(&format!("{}({params})", room.name)))?;
+    let cg = case_graph(&case, case_seed(room, params, seed))?;
     let reference = cg.reference();
-    let mut exec = backend.compile(cg.graph.clone(), options)?;
-    for (t, data, dtype) in &cg.inputs {
-        if exec.memory().place(*t).is_none() {
-            continue;
-        }
-        match dtype {
-            DType::F32 => exec.write(*t, data)?,
-            DType::U32 => exec.write_u32(*t, bytemuck::cast_slice(data))?,
-        }
-    }
+    let guarded = Guarded::new(&cg, backend);
+    let mut exec = backend.compile(guarded.graph.clone(), options)?;
+    guarded.prepare(exec.as_mut())?;
+    cg.write(exec.as_mut())?;
     exec.run(&[Phase::Forward, Phase::Backward])?;
+    let mut findings = guarded.damage(exec.as_mut(), &cg)?;
     // Sums of k terms in float32 drift like sqrt(k); the longest sum of an op is bounded by its FLOPs per result.
     let terms = cg.graph.nodes.iter().map(|n| {
         let (_, y) = cg.graph.node_specs(n);
@@ -290,34 +370,112 @@ pub fn run_case(
         p @ Precision::Tf32 => Some((2f64.powi(-11), cg.reference_of_rounded(p))),
         p @ Precision::Bf16 => Some((2f64.powi(-8), cg.reference_of_rounded(p))),
     };
-    let mut findings = vec![];
     for (name, t) in &cg.outputs {
         let want = fetch(&cg.graph, &reference, *t);
-        let got: Vec<f64> = match cg.graph.spec(*t).dtype {
-            DType::F32 => exec.read(*t)?.iter().map(|&v| f64::from(v)).collect(),
-            DType::U32 => exec.read_u32(*t)?.iter().map(|&v| f64::from(v)).collect(),
-        };
+        let got = read_f64(exec.as_mut(), *t)?;
         if want.data.len() > 4 && want.data.iter().all(|&v| v == 0.0) {
             return Err(Error::run(format!(
                 "the reference of {}({params}) gives only zeros for {name}",
                 room.name
             )));
         }
-        let Some((unit, rounded)) = &rounded else {
-            findings.push(compare(name, &got, &want.data, tolerance));
-            continue;
+        let mut finding = match &rounded {
+            None => compare(name, &got, &want.data, tolerance),
+            // What rounding the operands costs: as measured at the worst element, and at least half a unit in the
+            // last place, which a case of few elements may miss by luck.
+            Some((unit, rounded)) => {
+                let other = fetch(&cg.graph, rounded, *t);
+                let moved = want.data.iter().zip(&other.data);
+                let worst = moved.map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+                compare_by(name, &got, &want.data, |w, rms| {
+                    let scale = rms + w.abs();
+                    ROUNDING_FACTOR * worst.max(unit * scale) + tolerance * scale
+                })
+            }
         };
-        // What rounding the operands costs: as measured at the worst element, and at least half a unit in the last
-        // place, which a case of few elements may miss by luck.
-        let other = fetch(&cg.graph, rounded, *t);
-        let moved = want.data.iter().zip(&other.data);
-        let worst = moved.map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
-        findings.push(compare_by(name, &got, &want.data, |w, rms| {
-            let scale = rms + w.abs();
-            ROUNDING_FACTOR * worst.max(unit * scale) + tolerance * scale
-        }));
+        finding.shape = want.shape;
+        findings.push(finding);
     }
     Ok(findings)
+}
+
+fn read_f64(exec: &mut dyn Exec, t: Tid) -> Result<Vec<f64>> {
+    Ok(match exec.graph().spec(t).dtype {
+        DType::F32 => exec.read(t)?.iter().map(|&v| f64::from(v)).collect(),
+        DType::U32 => exec.read_u32(t)?.iter().map(|&v| f64::from(v)).collect(),
+    })
+}
+
+/// A result that was not the same in every run.
+#[derive(Clone, Debug)]
+pub struct Unsteady {
+    /// `y0`, `d1`.
+    pub tensor: String,
+    /// First element that differs.
+    pub index: usize,
+    /// The run, from 2, in which it did.
+    pub run: usize,
+}
+
+/// Runs one case `runs` times, half of them in a second compilation, and compares the bits of every result.
+///
+/// # Errors
+/// As [`run_case`].
+pub fn repeat_case(
+    room: &Room,
+    params: &str,
+    backend: &dyn Backend,
+    options: &CompileOptions,
+    runs: usize,
+) -> Result<Option<Unsteady>> {
+    let cg = case_graph(&room.build(params)?, case_seed(room, params, 0))?;
+    let mut first: Option<Vec<Vec<u32>>> = None;
+    let mut run = 0;
+    for part in [runs.div_ceil(2), runs / 2] {
+        let mut exec = backend.compile(cg.graph.clone(), options)?;
+        for _ in 0..part {
+            run += 1;
+            cg.write(exec.as_mut())?;
+            exec.run(&[Phase::Forward, Phase::Backward])?;
+            let bits = cg.outputs.iter().map(|(_, t)| exec.read_u32(*t));
+            let bits = bits.collect::<Result<Vec<_>>>()?;
+            let Some(first) = &first else {
+                first = Some(bits);
+                continue;
+            };
+            for ((name, _), (a, b)) in cg.outputs.iter().zip(first.iter().zip(&bits)) {
+                if let Some(index) = a.iter().zip(b).position(|(a, b)| a != b) {
+                    return Ok(Some(Unsteady {
+                        tensor: name.clone(),
+                        index,
+                        run,
+                    }));
+                }
+            }
+        }
+    }
+    Ok(None)
+}
+
+/// Whether any node of a case launches something else on CUDA in bf16 than in float32.
+///
+/// # Errors
+/// The case cannot be built, or a launch is beyond the limits.
+pub fn has_precisions(room: &Room, params: &str) -> Result<bool> {
+    let traits = Traits::assumed(80);
+    let cg = case_graph(&room.build(params)?, 1)?;
+    for node in &cg.graph.nodes {
+        let (x, y) = cg.graph.node_specs(node);
+        let launches = |p| {
+            let mut cx = CudaCx::new(&traits, p, &x, &y, None);
+            node.op.cuda(&mut cx)?;
+            Ok::<_, Error>(cx.launches)
+        };
+        if launches(Precision::F32)? != launches(Precision::Bf16)? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// Holds the reference's gradients of one case to central differences of `v . f(x)` along random directions, one per
@@ -325,9 +483,9 @@ pub fn run_case(
 ///
 /// # Errors
 /// The case cannot be built. A wrong gradient is a [`Finding`].
-pub fn check_gradients(room: &Room, params: &str) -> Result<Vec<Finding>> {
+pub fn check_gradients(room: &Room, params: &str, seed: u64) -> Result<Vec<Finding>> {
     let case = room.build(params)?;
-    let seed = seed_of(&format!("{}({params})", room.name));
+    let seed = case_seed(room, params, seed);
     let cg = case_graph(&case, seed)?;
     let at = cg.reference();
     let dot = |values: &Values| -> f64 {
@@ -373,6 +531,8 @@ pub fn check_gradients(room: &Room, params: &str) -> Result<Vec<Finding>> {
                 index: 0,
                 got: analytic,
                 want: numeric,
+                allowed: scale,
+                shape: vec![],
             });
         }
     }
@@ -420,7 +580,7 @@ mod tests {
 
     #[test]
     fn reference_gradients_follow_central_differences() {
-        all_cases(check_gradients);
+        all_cases(|room, params| check_gradients(room, params, 0));
     }
 
     #[test]
@@ -546,25 +706,6 @@ mod tests {
             named.map(|&v| (n.op.name(), v))
         });
         Ok(all.collect())
-    }
-
-    /// Whether any node of a case launches something else in bf16 than in float32.
-    fn has_precisions(room: &Room, params: &str) -> Result<bool> {
-        use crate::backend::cuda::{CudaCx, Traits};
-        let traits = Traits::assumed(80);
-        let cg = case_graph(&room.build(params)?, 1)?;
-        for node in &cg.graph.nodes {
-            let (x, y) = cg.graph.node_specs(node);
-            let launches = |p| {
-                let mut cx = CudaCx::new(&traits, p, &x, &y, None);
-                node.op.cuda(&mut cx)?;
-                Ok::<_, Error>(cx.launches)
-            };
-            if launches(Precision::F32)? != launches(Precision::Bf16)? {
-                return Ok(true);
-            }
-        }
-        Ok(false)
     }
 
     #[test]
