@@ -51,6 +51,21 @@ pub trait Backend: Send + Sync {
     fn compile(&self, graph: Arc<Graph>, options: &CompileOptions) -> Result<Box<dyn Exec>>;
 }
 
+/// One launch of a traced run.
+#[derive(Clone, Debug, Default)]
+pub struct Span {
+    /// The node.
+    pub node: usize,
+    /// `conv2d.cu/fprop`; empty where a node is one call (the CPU).
+    pub kernel: String,
+    /// When it began, from the start of the run, by the clock that timed it.
+    pub start: Duration,
+    /// How long it took; zero on a device that counts and does not time.
+    pub time: Duration,
+    /// What it did, where the device counts.
+    pub count: Option<cuda::Count>,
+}
+
 /// A compiled graph: planned once, run many times, without allocation in a run.
 pub trait Exec: Send {
     /// The graph that was compiled.
@@ -89,11 +104,32 @@ pub trait Exec: Send {
     /// The device is lost or a kernel failed.
     fn run(&mut self, phases: &[Phase]) -> Result<()>;
 
+    /// Runs the nodes of `phases` and returns every launch with its time (or what it did, on the simulator), in order.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    fn run_traced(&mut self, phases: &[Phase]) -> Result<Vec<Span>>;
+
     /// Runs the nodes of `phases` and returns the time each took, by node.
     ///
     /// # Errors
     /// As [`run`](Self::run), or the device cannot time.
-    fn run_timed(&mut self, phases: &[Phase]) -> Result<Vec<(usize, Duration)>>;
+    fn run_timed(&mut self, phases: &[Phase]) -> Result<Vec<(usize, Duration)>> {
+        let mut times: Vec<(usize, Duration)> = vec![];
+        for s in self.run_traced(phases)? {
+            if s.count.is_some() {
+                return Err(Error::input(
+                    "cuda:sim counts and does not time: `tilewright profile --backend cuda:sim` and `check --counters` \
+                     show the counts",
+                ));
+            }
+            match times.last_mut() {
+                Some(last) if last.0 == s.node => last.1 += s.time,
+                _ => times.push((s.node, s.time)),
+            }
+        }
+        Ok(times)
+    }
 }
 
 /// The backend called `name` (`cpu`, `wgpu`, `cuda` or `cuda:sim`), never another in its place.

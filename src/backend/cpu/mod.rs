@@ -14,7 +14,7 @@ pub(crate) mod winograd;
 pub use epilogue::{Activation, Epilogue};
 pub(crate) use epilogue::{Finish, RawEpilogue};
 
-use super::{Backend, CompileOptions, Exec};
+use super::{Backend, CompileOptions, Exec, Span};
 use crate::graph::plan::{Limits, Memory, Place};
 use crate::graph::{Graph, Kind, Phase, Spec, Tid};
 use crate::{Error, Result};
@@ -447,15 +447,21 @@ impl Exec for CpuExec {
         self.each(phases, |_| ())
     }
 
-    fn run_timed(&mut self, phases: &[Phase]) -> Result<Vec<(usize, Duration)>> {
-        let mut times = vec![];
-        let mut last = Instant::now();
-        self.each(phases, |i| {
-            let now = Instant::now();
-            times.push((i, now - last));
+    fn run_traced(&mut self, phases: &[Phase]) -> Result<Vec<Span>> {
+        let mut spans = vec![];
+        let begin = Instant::now();
+        let mut last = Duration::ZERO;
+        self.each(phases, |node| {
+            let now = begin.elapsed();
+            spans.push(Span {
+                node,
+                start: last,
+                time: now - last,
+                ..Span::default()
+            });
             last = now;
         })?;
-        Ok(times)
+        Ok(spans)
     }
 }
 

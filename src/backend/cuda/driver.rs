@@ -152,6 +152,11 @@ pub trait Driver: Send + Sync + Debug {
     /// Gives a graph's resources back.
     fn forget(&self, graph: GraphId);
 
+    /// Whether [`take_counts`](Self::take_counts) has something after a launch, in place of [`timed`](Self::timed).
+    fn counts(&self) -> bool {
+        false
+    }
+
     /// What was counted since the last call, by `source/kernel`; empty where the driver does not count.
     fn take_counts(&self) -> Vec<(String, Count)> {
         vec![]

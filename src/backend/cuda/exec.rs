@@ -5,7 +5,7 @@ use super::compile::Compiler;
 use super::driver::{Count, Driver, GraphId, KernelId, ModuleId, Placed, Step};
 use super::launch::{ALIGN, Consts, CudaCx, CudaLaunch, Precision, Slot, WorkId, pack};
 use super::sources::KernelSource;
-use crate::backend::{Backend, CompileOptions, Exec};
+use crate::backend::{Backend, CompileOptions, Exec, Span};
 use crate::graph::plan::{Limits, Memory};
 use crate::graph::{Graph, Kind, Phase, Tid};
 use crate::{Error, Result};
@@ -464,18 +464,43 @@ impl Exec for CudaExec {
         self.driver.synchronize()
     }
 
-    fn run_timed(&mut self, phases: &[Phase]) -> Result<Vec<(usize, Duration)>> {
+    fn run_traced(&mut self, phases: &[Phase]) -> Result<Vec<Span>> {
         let wanted = self.wanted(phases);
-        let steps: Vec<&Step> = wanted.iter().map(|&i| &self.steps[i]).collect();
-        let mut times: Vec<(usize, Duration)> = vec![];
-        for (&i, time) in wanted.iter().zip(self.driver.timed(&steps)?) {
-            let node = self.nodes[i];
-            match times.last_mut() {
-                Some(last) if last.0 == node => last.1 += time,
-                _ => times.push((node, time)),
-            }
+        let span = |i: usize| Span {
+            node: self.nodes[i],
+            kernel: match &self.steps[i] {
+                Step::Launch(p) => p.label.rsplit(' ').next().unwrap_or_default().to_string(),
+                Step::Poison(..) => "poison".into(),
+            },
+            ..Span::default()
+        };
+        if self.driver.counts() {
+            self.driver.take_counts();
+            return wanted
+                .into_iter()
+                .map(|i| {
+                    self.driver.step(&self.steps[i])?;
+                    let count = self.driver.take_counts().pop().map(|c| c.1);
+                    Ok(Span {
+                        count: Some(count.unwrap_or_default()),
+                        ..span(i)
+                    })
+                })
+                .collect();
         }
-        Ok(times)
+        let steps: Vec<&Step> = wanted.iter().map(|&i| &self.steps[i]).collect();
+        // From event to event: a launch's time has the gap before it.
+        let mut start = Duration::ZERO;
+        let times = wanted.iter().zip(self.driver.timed(&steps)?);
+        let span = times.map(|(&i, time)| {
+            start += time;
+            Span {
+                start: start - time,
+                time,
+                ..span(i)
+            }
+        });
+        Ok(span.collect())
     }
 }
 

@@ -158,6 +158,10 @@ impl Driver for Simulated {
 
     fn forget(&self, _graph: GraphId) {}
 
+    fn counts(&self) -> bool {
+        true
+    }
+
     fn take_counts(&self) -> Vec<(String, Count)> {
         std::mem::take(&mut *lock(&self.counts))
             .into_iter()

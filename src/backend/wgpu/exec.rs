@@ -2,13 +2,12 @@
 
 use super::device::{WgpuDevice, WgpuOptions};
 use super::launch::{ALIGN, Arg, Launch, Slot, WgpuCx, WorkId, fold};
-use super::program::{Place, PlacedLaunch, Program};
-use crate::backend::{Backend, CompileOptions, Exec};
+use super::program::{Place, PlacedLaunch, Program, StepTime};
+use crate::backend::{Backend, CompileOptions, Exec, Span};
 use crate::graph::plan::{self, Limits, Memory};
 use crate::graph::{Graph, Phase, Tid};
 use crate::{Error, Result};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
 
 /// An adapter as a backend. Graphs compiled by it share its device and its compiled kernels.
 #[derive(Debug)]
@@ -127,6 +126,8 @@ impl Backend for Wgpu {
             nodes.resize(placed.len(), i);
         }
         let program = self.device.program(&placed, &arenas)?;
+        let label = |p: &PlacedLaunch| format!("{}/{}", p.launch.shader, p.launch.entry);
+        let labels = placed.iter().map(label).collect();
         Ok(Box::new(WgpuExec {
             graph,
             memory,
@@ -134,6 +135,7 @@ impl Backend for Wgpu {
             arenas,
             program,
             nodes,
+            labels,
             staging: Mutex::default(),
         }))
     }
@@ -181,6 +183,8 @@ struct WgpuExec {
     program: Program,
     /// The node of each step of the program.
     nodes: Vec<usize>,
+    /// `gemm_tile.wgsl/tile` of each step.
+    labels: Vec<String>,
     staging: Mutex<Option<wgpu::Buffer>>,
 }
 
@@ -244,16 +248,16 @@ impl Exec for WgpuExec {
         self.device.wait()
     }
 
-    fn run_timed(&mut self, phases: &[Phase]) -> Result<Vec<(usize, Duration)>> {
+    fn run_traced(&mut self, phases: &[Phase]) -> Result<Vec<Span>> {
         let wanted = |step: usize| phases.contains(&self.graph.nodes[self.nodes[step]].phase);
-        let mut times: Vec<(usize, Duration)> = vec![];
-        for (step, time) in self.device.run_timed(&self.program, wanted)? {
-            let node = self.nodes[step];
-            match times.last_mut() {
-                Some(last) if last.0 == node => last.1 += time,
-                _ => times.push((node, time)),
-            }
-        }
-        Ok(times)
+        let times = self.device.run_traced(&self.program, wanted)?;
+        let span = |t: StepTime| Span {
+            node: self.nodes[t.step],
+            kernel: self.labels[t.step].clone(),
+            start: t.start,
+            time: t.time,
+            count: None,
+        };
+        Ok(times.into_iter().map(span).collect())
     }
 }

@@ -10,7 +10,7 @@ pub mod shaders;
 pub use device::{AdapterReport, AdapterTraits, WgpuDevice, WgpuOptions, adapters};
 pub use exec::Wgpu;
 pub use launch::{Arg, Cut, Launch, WgpuCx, WorkId, column_parts, fold, item_types};
-pub use program::{Place, PlacedLaunch, Program};
+pub use program::{Place, PlacedLaunch, Program, StepTime};
 
 use super::Backend;
 use crate::Result;

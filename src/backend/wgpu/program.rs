@@ -51,6 +51,25 @@ struct Step {
     groups: [u32; 3],
 }
 
+impl Step {
+    fn record(&self, pass: &mut wgpu::ComputePass) {
+        pass.set_pipeline(&self.pipeline);
+        pass.set_bind_group(0, &self.bindings, &[]);
+        pass.dispatch_workgroups(self.groups[0], self.groups[1], self.groups[2]);
+    }
+}
+
+/// When a step of a program ran.
+#[derive(Clone, Copy, Debug)]
+pub struct StepTime {
+    /// Which.
+    pub step: usize,
+    /// From the start of the run.
+    pub start: Duration,
+    /// How long.
+    pub time: Duration,
+}
+
 /// Pipelines, bind groups and parameters of a list of launches.
 #[derive(Debug)]
 pub struct Program {
@@ -132,36 +151,104 @@ impl WgpuDevice {
         self.check()
     }
 
-    /// Runs the steps that are `wanted` one by one and returns the time of each by the clock around its submission,
-    /// about 0.1 ms of which is the submission itself.
+    /// Runs the steps that are `wanted`, a pass each, and returns when each ran by the device's own timestamps. Where the
+    /// adapter has none they run one by one, by the clock around each submission, which is about 0.1 ms of the time.
     ///
     /// # Errors
     /// [`Error::Run`] where the device refused a launch.
-    pub fn run_timed(
+    pub fn run_traced(
         &self,
         program: &Program,
         wanted: impl Fn(usize) -> bool,
-    ) -> Result<Vec<(usize, Duration)>> {
-        let mut times = Vec::with_capacity(program.steps.len());
+    ) -> Result<Vec<StepTime>> {
+        let wanted: Vec<usize> = (0..program.steps.len()).filter(|&i| wanted(i)).collect();
         self.wait()?;
-        for (i, step) in program.steps.iter().enumerate().filter(|s| wanted(s.0)) {
-            let start = Instant::now();
-            self.submit(&[step]);
+        if self.traits().timestamps {
+            return self.stamped(program, &wanted);
+        }
+        let begin = Instant::now();
+        let mut times = Vec::with_capacity(wanted.len());
+        for step in wanted {
+            let start = begin.elapsed();
+            self.submit(&[&program.steps[step]]);
             self.wait()?;
-            times.push((i, start.elapsed()));
+            times.push(StepTime {
+                step,
+                start,
+                time: begin.elapsed() - start,
+            });
         }
         Ok(times)
+    }
+
+    /// [`run_traced`](Self::run_traced) with two timestamps a pass.
+    fn stamped(&self, program: &Program, wanted: &[usize]) -> Result<Vec<StepTime>> {
+        let queries = 2 * wanted.len().max(1);
+        let bytes = 8 * queries as u64;
+        let buffer = |usage| {
+            self.device.create_buffer(&wgpu::BufferDescriptor {
+                label: Some("timestamps"),
+                size: bytes,
+                usage,
+                mapped_at_creation: false,
+            })
+        };
+        let resolved = buffer(wgpu::BufferUsages::QUERY_RESOLVE | wgpu::BufferUsages::COPY_SRC);
+        let readable = buffer(wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST);
+        // Resolved results start at multiples of 256 bytes: 32 stamps, which a full submission is a multiple of.
+        for (part, steps) in wanted.chunks(PER_SUBMIT).enumerate() {
+            let set = self.device.create_query_set(&wgpu::QuerySetDescriptor {
+                label: Some("timestamps"),
+                ty: wgpu::QueryType::Timestamp,
+                count: 2 * steps.len() as u32,
+            });
+            let mut encoder = self.device.create_command_encoder(&Default::default());
+            for (i, &step) in steps.iter().enumerate() {
+                let i = 2 * i as u32;
+                let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor {
+                    label: None,
+                    timestamp_writes: Some(wgpu::ComputePassTimestampWrites {
+                        query_set: &set,
+                        beginning_of_pass_write_index: Some(i),
+                        end_of_pass_write_index: Some(i + 1),
+                    }),
+                });
+                program.steps[step].record(&mut pass);
+            }
+            let at = (16 * PER_SUBMIT * part) as u64;
+            encoder.resolve_query_set(&set, 0..2 * steps.len() as u32, &resolved, at);
+            self.queue.submit([encoder.finish()]);
+        }
+        let mut encoder = self.device.create_command_encoder(&Default::default());
+        encoder.copy_buffer_to_buffer(&resolved, 0, &readable, 0, bytes);
+        self.queue.submit([encoder.finish()]);
+        let slice = readable.slice(..);
+        slice.map_async(wgpu::MapMode::Read, |_| {});
+        self.wait()?;
+        let view = slice
+            .get_mapped_range()
+            .map_err(|e| Error::run(format!("reading timestamps: {e}")))?;
+        let stamps: &[u64] = bytemuck::cast_slice(&view);
+        let tick = f64::from(self.queue.get_timestamp_period()) * 1e-9;
+        let first = stamps[0];
+        let seconds = |ticks: u64| Duration::from_secs_f64(ticks as f64 * tick);
+        let time = |(&step, s): (&usize, &[u64])| StepTime {
+            step,
+            start: seconds(s[0].saturating_sub(first)),
+            time: seconds(s[1].saturating_sub(s[0])),
+        };
+        Ok(wanted
+            .iter()
+            .zip(stamps.chunks_exact(2))
+            .map(time)
+            .collect())
     }
 
     fn submit(&self, steps: &[&Step]) {
         let mut encoder = self.device.create_command_encoder(&Default::default());
         {
             let mut pass = encoder.begin_compute_pass(&Default::default());
-            for step in steps {
-                pass.set_pipeline(&step.pipeline);
-                pass.set_bind_group(0, &step.bindings, &[]);
-                pass.dispatch_workgroups(step.groups[0], step.groups[1], step.groups[2]);
-            }
+            steps.iter().for_each(|s| s.record(&mut pass));
         }
         self.queue.submit([encoder.finish()]);
     }
