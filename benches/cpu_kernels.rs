@@ -4,8 +4,9 @@
 //! second where an element is a FLOP (a multiply-add is 2).
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use tilewright::backend::cpu::Epilogue;
 use tilewright::backend::cpu::gemm::{Mat, PackedB, gemm, gemm_packed};
-use tilewright::backend::cpu::{Activation, Epilogue};
+use tilewright::ops::act::Act;
 use tilewright::ops::conv2d::ConvShape;
 use tilewright::ops::conv2d::cpu::{PackedFilter, dgrad, fprop, fprop_packed, wgrad};
 
@@ -53,7 +54,7 @@ fn linear(c: &mut Criterion) {
             b.iter(|| {
                 let ep = Epilogue {
                     bias: Some(&bias),
-                    activation: Activation::GeluErf,
+                    act: Some(Act::Gelu),
                     preact: Some(&mut preact),
                     addend: None,
                 };

@@ -5,7 +5,7 @@ use super::act::{Act, ActBwd};
 use super::conv2d::{ConvShape, cuda, wgpu};
 use super::{Case, Cost, Fill, Host, Op, Room, traffic};
 use crate::backend::cpu::gemm::{Mat, PackedB, column_sums, gemm, gemm_packed};
-use crate::backend::cpu::{Activation, CpuCx, CpuKernel, Epilogue};
+use crate::backend::cpu::{CpuCx, CpuKernel, Epilogue};
 use crate::backend::cuda::{self as device, CudaCx};
 use crate::backend::wgpu::{Arg, WgpuCx};
 use crate::graph::autodiff::{Backward, Fwd};
@@ -38,15 +38,6 @@ impl Linear {
 
     fn residual_at(&self) -> usize {
         2 + usize::from(self.bias)
-    }
-}
-
-fn activation(act: Option<Act>) -> Activation {
-    match act {
-        None => Activation::None,
-        Some(Act::Relu) => Activation::Relu,
-        Some(Act::Gelu) => Activation::GeluErf,
-        Some(Act::GeluTanh) => Activation::GeluTanh,
     }
 }
 
@@ -173,7 +164,7 @@ impl Op for Linear {
             let ep = Epilogue {
                 bias: a.x_if(op.bias, 2),
                 addend: a.x_if(op.residual, op.residual_at()),
-                activation: activation(op.act),
+                act: op.act,
                 preact: op.keep_pre.then(|| a.y(1)),
             };
             let x = Mat::new(a.x(0), k);

@@ -6,7 +6,7 @@
 //! depend on k alone, so the bits do not depend on the number of threads.
 
 use super::kernel::{Kernels, MAX_MR, MAX_NR, Outer, Rows, kernels};
-use super::pack::{pack_panel_cols, pack_panel_rows, packed_len};
+use super::pack::{pack_lines, pack_panel_cols, pack_panel_rows, packed_len};
 use super::parallel::{Shared, for_each, parallel_for, part};
 use super::scratch::{with_floats, with_indices};
 use super::{Epilogue, Finish, RawEpilogue};
@@ -18,6 +18,8 @@ const MAX_KC: usize = 1024;
 const A_BLOCK: usize = 96 * 1024;
 /// Floats of B that stay in L2 while A and C pass by.
 const B_BLOCK: usize = 80 * 1024;
+/// Values of k for which a block of A is packed at a time.
+const PACK_DEPTH: usize = 32;
 /// Products with fewer multiply-adds than this stay on the calling thread.
 const SERIAL_MACS: usize = 1 << 17;
 
@@ -384,19 +386,23 @@ impl Job<'_> {
         with_floats(is.len() * kc, |packed| {
             // Rows i .. i + mr begin at packed[i * kc]; within a tile, k by k.
             let tiles = is.len().div_ceil(self.kernels.mr());
-            for t in 0..tiles {
-                let rows = part(is.len(), tiles, t);
-                let mr = rows.len();
-                let out = &mut packed[rows.start * kc..rows.end * kc];
-                let first = (is.start + rows.start) * self.a.row_stride;
-                for (line, k) in out.chunks_exact_mut(mr).zip(ks.clone()) {
-                    let source = &self.a.data[first + k * self.a.col_stride..];
-                    if self.a.row_stride == 1 {
-                        line.copy_from_slice(&source[..mr]);
+            let [step, stride] = [self.a.col_stride, self.a.row_stride];
+            // Some values of k for all tiles, so that lines of A that two tiles share are fetched once.
+            for k in (0..kc).step_by(PACK_DEPTH) {
+                let depth = PACK_DEPTH.min(kc - k);
+                for rows in (0..tiles).map(|t| part(is.len(), tiles, t)) {
+                    let mr = rows.len();
+                    let out = &mut packed[rows.start * kc + k * mr..][..depth * mr];
+                    let first = (is.start + rows.start) * stride + (ks.start + k) * step;
+                    let source = &self.a.data[first..];
+                    if stride == 1 {
+                        pack_lines(out, source, mr, step);
                     } else {
-                        line.iter_mut()
-                            .enumerate()
-                            .for_each(|(i, v)| *v = source[i * self.a.row_stride]);
+                        for (line, at) in out.chunks_exact_mut(mr).zip((0..).step_by(step)) {
+                            for (i, v) in line.iter_mut().enumerate() {
+                                *v = source[at + i * stride];
+                            }
+                        }
                     }
                 }
             }

@@ -11,7 +11,7 @@ pub(crate) mod scratch;
 pub(crate) mod simd;
 pub(crate) mod winograd;
 
-pub use epilogue::{Activation, Epilogue};
+pub use epilogue::Epilogue;
 pub(crate) use epilogue::{Finish, RawEpilogue};
 
 use super::{Backend, CompileOptions, Exec, Span};

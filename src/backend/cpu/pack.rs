@@ -1,6 +1,6 @@
 //! The packed form of a B operand: panels of `nr` columns, `[panel][k][nr]`, padded with zeros.
 
-use super::kernel::Kernels;
+use super::kernel::{Kernels, MAX_MR};
 
 /// Floats in the packed form of a `[k, n]` operand.
 pub(crate) fn packed_len(kernels: &Kernels, k: usize, n: usize) -> usize {
@@ -50,4 +50,28 @@ pub(crate) fn pack_panel_cols(
         }
         k0 += depth;
     }
+}
+
+/// Copies lines of `width` floats (at most [`MAX_MR`]) that lie `step` apart in `from`, one after the other.
+pub(crate) fn pack_lines(out: &mut [f32], from: &[f32], width: usize, step: usize) {
+    // A copy of a known length is a few moves; one of any length is a call.
+    fn lines<const N: usize>(out: &mut [f32], from: &[f32], step: usize) {
+        for (line, at) in out
+            .as_chunks_mut::<N>()
+            .0
+            .iter_mut()
+            .zip((0..).step_by(step))
+        {
+            line.copy_from_slice(&from[at..at + N]);
+        }
+    }
+    macro_rules! by_width {
+        ($($n:literal)*) => {
+            match width {
+                $($n => lines::<$n>(out, from, step),)*
+                _ => unreachable!("tiles have at most {MAX_MR} rows"),
+            }
+        };
+    }
+    by_width!(1 2 3 4 5 6 7 8 9 10 11 12 13 14)
 }

@@ -25,7 +25,8 @@ use crate::backend::cpu::kernel::{Kernels, MAX_MR, MAX_NR, Rows, kernels};
 use crate::backend::cpu::pack::{pack_panel_cols, pack_panel_rows, packed_len};
 use crate::backend::cpu::parallel::{Shared, parallel_for, part};
 use crate::backend::cpu::scratch::{with_floats, with_indices};
-use crate::backend::cpu::{Activation, Epilogue, Finish, RawEpilogue};
+use crate::backend::cpu::{Epilogue, Finish, RawEpilogue};
+use crate::ops::act::Act;
 use crate::{Error, Result};
 use blocks::{Blocks, Window, trim};
 use std::ops::Range;
@@ -222,15 +223,10 @@ pub fn bias_grad(shape: &ConvShape, dy: &[f32], dbias: &mut [f32], accumulate: b
 }
 
 fn epilogue<'a>(bias: Option<&'a [f32]>, addend: Option<&'a [f32]>, relu: bool) -> Epilogue<'a> {
-    let activation = if relu {
-        Activation::Relu
-    } else {
-        Activation::None
-    };
     Epilogue {
         bias,
         addend,
-        activation,
+        act: relu.then_some(Act::Relu),
         preact: None,
     }
 }

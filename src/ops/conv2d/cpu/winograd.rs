@@ -15,7 +15,8 @@ use crate::backend::cpu::scratch::{with_floats, with_indices};
 use crate::backend::cpu::winograd::{
     Input, Output, OutputGrad, POSITIONS, TILE, Weights, WeightsGrad,
 };
-use crate::backend::cpu::{Activation, Finish, RawEpilogue};
+use crate::backend::cpu::{Finish, RawEpilogue};
+use crate::ops::act::Act;
 use crate::ops::conv2d::shape::{Algorithm, ConvShape};
 use std::ops::Range;
 
@@ -122,7 +123,7 @@ impl Winograd {
 
     /// `y = epilogue(conv(x))` with the weights packed as for direct summation, `[panel][(r, s, c)][nr]`.
     pub fn run(&self, x: &[f32], packed: &[f32], ep: RawEpilogue, y: &mut [f32]) {
-        debug_assert!(matches!(ep.activation, Activation::None | Activation::Relu));
+        debug_assert!(matches!(ep.act, None | Some(Act::Relu)));
         let tiles = self.tiles();
         let floats = POSITIONS * (self.v_step() + self.k);
         let mr = self.kernels.mr();
@@ -507,7 +508,7 @@ impl Group<'_> {
                     cols: TILE.min(w.wo - ow),
                     bias: plus(ep.bias, j),
                     addend: plus(ep.addend, at),
-                    relu: ep.activation == Activation::Relu,
+                    relu: ep.act == Some(Act::Relu),
                 };
                 // SAFETY: M holds this tile; this task alone writes these pixels; sizes were checked on entry.
                 unsafe { (w.kernels.winograd_output)(&args) }
