@@ -111,7 +111,7 @@ fn bad_usage_is_named_in_a_few_lines() {
     bad(
         &["info", "resnet18", "--backend", "metal", "--plan"],
         2,
-        &["metal", "cpu and wgpu"],
+        &["metal", "cpu, wgpu"],
     );
     bad(&["models", "--threads", "0"], 2, &["--threads 0"]);
     bad(
@@ -500,7 +500,7 @@ fn no_vulkan_driver_is_said_and_the_cpu_still_works() {
         c.args(args).output().unwrap()
     };
     let o = without(&["info", "resnet20", "--plan", "--backend", "wgpu"]);
-    assert_eq!(o.status.code(), Some(1), "{}", stderr(&o));
+    assert_eq!(o.status.code(), Some(2), "{}", stderr(&o));
     assert!(stderr(&o).contains("mesa-vulkan-drivers"), "{}", stderr(&o));
     let o = without(&["devices"]);
     assert_eq!(o.status.code(), Some(0));

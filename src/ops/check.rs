@@ -638,7 +638,7 @@ mod tests {
             .unwrap();
             for (op, params) in [
                 ("conv2d", "n=8,h=16,c=8,k=16,r=3,pad=1,stride=2"),
-                ("linear", "m=600,i=32,o=64,bias=1,act=gelu"),
+                ("linear", "m=600,i=32,o=32,bias=1,act=gelu"),
                 ("layer_norm", "n=30,t=10,c=64"),
                 ("batch_norm", "n=8,h=16,w=16,c=16,relu=1"),
                 ("attention", "n=6,t=17,h=3,d=16"),

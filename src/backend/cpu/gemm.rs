@@ -320,20 +320,27 @@ impl Job<'_> {
         let full = self.kernels.mr();
         let panels = self.n.div_ceil(self.kernels.nr());
         let rows = (A_BLOCK / ks.len().max(1)).clamp(full, 16 * full) / full * full;
-        let m_blocks = self.m.div_ceil(rows);
         let threads = rayon::current_num_threads();
-        let n_blocks = if !self.parallel || threads == 1 {
-            1
+        let split = self.parallel && threads > 1;
+        let outer = self.a.col_stride != 1;
+        let mut m_blocks = self.m.div_ceil(rows);
+        if outer && split {
+            // Each task packs its rows of A: only where there are too few rows do tasks share them out by columns.
+            m_blocks = m_blocks.max((4 * threads).min(self.m.div_ceil(2 * full)));
+        }
+        let n_blocks = if split {
+            let tasks = if outer { 2 * threads } else { 4 * threads };
+            tasks.div_ceil(m_blocks).min(panels)
         } else {
-            (4 * threads).div_ceil(m_blocks).min(panels)
+            1
         };
         let task = |t: usize| {
             let is = part(self.m, m_blocks, t % m_blocks);
             let js = part(panels, n_blocks, t / m_blocks);
-            if self.a.col_stride == 1 {
-                self.task_rows(is, js, ks.clone(), b);
-            } else {
+            if outer {
                 self.task_outer(is, js, ks.clone(), b);
+            } else {
+                self.task_rows(is, js, ks.clone(), b);
             }
         };
         for_each(self.parallel, m_blocks * n_blocks, task);
