@@ -12,6 +12,7 @@ pub mod graph;
 pub mod models;
 pub mod ops;
 pub mod philox;
+pub mod profile;
 pub mod report;
 pub mod train;
 pub mod weights;

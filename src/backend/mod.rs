@@ -3,10 +3,11 @@
 pub mod cpu;
 pub mod cuda;
 pub mod source;
+pub mod tuned;
 pub mod wgpu;
 
 use crate::graph::plan::Memory;
-use crate::graph::{Graph, Phase, Tid};
+use crate::graph::{Graph, Phase, Spec, Tid};
 use crate::{Error, Result};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -17,6 +18,8 @@ use std::time::Duration;
 pub struct CompileOptions {
     /// Kernel variant by op name, in place of the default rule's choice.
     pub variants: HashMap<String, String>,
+    /// Variants by op and shapes, where [`variants`](Self::variants) does not name the op.
+    pub tuned: Option<Arc<tuned::Tuned>>,
     /// What products are computed in, on backends that know more than float32; `None` leaves it to the backend.
     pub precision: Option<cuda::Precision>,
     /// Fill temporaries with NaN before every run, so that an output that nobody writes shows.
@@ -24,6 +27,14 @@ pub struct CompileOptions {
     /// Parameters keep the values they have at the first run (inference): kernels may pack them once and give the
     /// plain copy's memory back. Writing one after the first run is an error then.
     pub constant_params: bool,
+}
+
+impl CompileOptions {
+    /// The variant that a node is to have; `None` leaves it to the op's rule.
+    pub fn variant(&self, op: &str, x: &[Spec], y: &[Spec]) -> Option<&str> {
+        let named = self.variants.get(op).map(String::as_str);
+        named.or_else(|| self.tuned.as_ref()?.variant(op, x, y))
+    }
 }
 
 /// A device that compiles graphs.
@@ -42,6 +53,11 @@ pub trait Backend: Send + Sync {
     /// What each kernel did since the last call, by `source/kernel`; empty where the device does not count.
     fn take_counts(&self) -> Vec<(String, cuda::Count)> {
         vec![]
+    }
+
+    /// The file of tuned variants in force (see [`tuned`]), or empty.
+    fn tuned(&self) -> String {
+        String::new()
     }
 
     /// Plans memory and prepares every launch of `graph`.

@@ -6,6 +6,7 @@ use crate::backend::cpu::multiversion::{Level, level};
 use crate::backend::cpu::simd::{Avx2, Avx512};
 use crate::backend::cpu::simd::{Portable, Simd};
 use crate::backend::cpu::{CpuCx, CpuKernel, par};
+use crate::backend::cuda::{self, CudaCx, Precision};
 use crate::backend::wgpu::launch::{Launch, fold};
 use crate::backend::wgpu::{Arg, WgpuCx};
 use crate::backend::{Backend, CompileOptions};
@@ -22,7 +23,7 @@ use std::time::Duration;
 /// The measured limits of a device.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Ceilings {
-    /// float32 multiply-adds in registers, as FLOP/s.
+    /// Multiply-adds in registers, as FLOP/s: float32, or on tensor cores where the backend's precision is less.
     pub flops: f64,
     /// `[bytes touched, bytes/s]`, the better of copying and reading, repeated over the same memory: a small amount
     /// stays in a cache. By rising amount.
@@ -127,15 +128,29 @@ pub fn present_share(backend: &dyn Backend, ceilings: &Ceilings) -> Result<f64> 
 
 /// Multiply-adds a second, as FLOP/s: the best of `runs` of at least `seconds` each.
 fn peak(backend: &dyn Backend, seconds: f64, runs: usize) -> Result<f64> {
-    const N: usize = 1 << 12;
-    let mut op = FmaChains { rounds: 1 << 8 };
+    // Enough chains for every lane of the device, long enough to hide the start.
+    let n = if backend.name() == "cuda" {
+        1 << 18
+    } else {
+        1 << 12
+    };
+    let precision = backend.precision();
+    let mut rounds = 1 << 8;
     loop {
-        // Enough chains for every lane of the device, long enough to hide the start.
-        let t = best(backend, op, N, runs)?;
-        if t >= seconds || op.rounds >= 1 << 22 {
-            return Ok(op.flops(N) as f64 / t);
+        let (t, flops) = match precision {
+            Precision::F32 => {
+                let op = FmaChains { rounds };
+                (best(backend, op, n, runs)?, op.flops(n))
+            }
+            _ => {
+                let op = MmaChains { rounds, precision };
+                (best(backend, op, n, runs)?, op.flops(n))
+            }
+        };
+        if t >= seconds || rounds >= 1 << 22 {
+            return Ok(flops as f64 / t);
         }
-        op.rounds *= 4;
+        rounds *= 4;
     }
 }
 
@@ -154,7 +169,8 @@ fn measure_once(backend: &dyn Backend) -> Result<Ceilings> {
     let mut bandwidth = vec![];
     for shift in (16..=28).step_by(2) {
         let copied = 1usize << (shift - 3);
-        let read = 1usize << (shift - 2);
+        // One binding is 128 MiB at most by WebGPU's default limits.
+        let read = 1usize << (shift - 2).min(25);
         let repeats = (1usize << 27 >> shift).clamp(3, 50);
         let copy = (8 * copied) as f64 / best(backend, Stream { copy: true }, copied, repeats)?;
         let read = (4 * read) as f64 / best(backend, Stream { copy: false }, read, repeats)?;
@@ -262,6 +278,77 @@ impl Op for FmaChains {
             params: vec![n as u32, groups[0], self.rounds as u32],
             groups,
         })
+    }
+
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        use cuda::Arg;
+        let args = [Arg::n(self.rounds), Arg::In(0), Arg::Out(0)];
+        cx.items(
+            ("ceiling.cu", "fma_chains"),
+            vec![],
+            cx.y[0].len(),
+            256,
+            &args,
+        )
+    }
+}
+
+/// Products of small constant matrices on tensor cores: every lane keeps [`CHAINS`] accumulators that start at
+/// `x[i] + 0 ..` and get `rounds` products each; `y[i]` is one element's sum over them.
+#[derive(Clone, Copy, Debug)]
+struct MmaChains {
+    rounds: usize,
+    precision: Precision,
+}
+
+impl MmaChains {
+    /// Length of the sum in one product.
+    fn depth(self) -> usize {
+        if self.precision == Precision::Bf16 {
+            16
+        } else {
+            8
+        }
+    }
+
+    fn flops(self, n: usize) -> u64 {
+        2 * (n / 32 * CHAINS * self.rounds * 16 * 8 * self.depth()) as u64
+    }
+}
+
+impl Op for MmaChains {
+    op_common!("mma_chains");
+
+    fn infer(&self, x: &[Spec]) -> Result<Vec<Spec>, String> {
+        ensure!(x.len() == 1, "takes one operand");
+        ensure!(x[0].len().is_multiple_of(32), "takes whole warps");
+        Ok(vec![x[0].clone()])
+    }
+
+    fn reference(&self, x: &[&Host], y: &mut [Host]) {
+        let each = (self.rounds * self.depth()) as f64 / 1024.0;
+        for (y, &x) in y[0].data.iter_mut().zip(&x[0].data) {
+            *y = (0..CHAINS).map(|k| x + k as f64 + each).sum();
+        }
+    }
+
+    fn cpu(&self, _cx: &mut CpuCx) -> Result<CpuKernel> {
+        Err(Error::run(
+            "tensor cores are CUDA's; the CPU computes in float32",
+        ))
+    }
+
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        use cuda::Arg;
+        let consts = vec![("OPERAND", self.depth().to_string())];
+        let args = [Arg::n(self.rounds), Arg::In(0), Arg::Out(0)];
+        cx.items(
+            ("ceiling.cu", "mma_chains"),
+            consts,
+            cx.y[0].len(),
+            256,
+            &args,
+        )
     }
 }
 
@@ -392,6 +479,23 @@ impl Op for Stream {
             groups,
         })
     }
+
+    fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
+        use cuda::Arg;
+        let (entry, per) = if self.copy {
+            ("copy", 4)
+        } else {
+            ("sum_runs", 1)
+        };
+        let args = [Arg::In(0), Arg::Out(0)];
+        cx.items(
+            ("ceiling.cu", entry),
+            vec![],
+            cx.y[0].len() / per,
+            256,
+            &args,
+        )
+    }
 }
 
 crate::multiversion! {
@@ -444,6 +548,17 @@ mod tests {
         let mut names = vec!["cpu"];
         if crate::backend::wgpu::adapters().is_ok() {
             names.push("wgpu");
+        }
+        if cuda::sim_present() {
+            names.push("cuda:sim");
+            let sim = crate::backend::open("cuda:sim").unwrap();
+            for precision in [Precision::Tf32, Precision::Bf16] {
+                let op = MmaChains {
+                    rounds: 3,
+                    precision,
+                };
+                follows(sim.as_ref(), op, 96);
+            }
         }
         for name in names {
             let backend = crate::backend::open(name).unwrap();

@@ -2,8 +2,9 @@
 
 use super::ceiling::Ceilings;
 use super::measure::{Limits, Sample};
+use crate::backend::tuned::case_of;
 use crate::backend::{Backend, CompileOptions, Exec};
-use crate::graph::{DType, Phase};
+use crate::graph::Phase;
 use crate::ops::check::{case_graph, run_case, seed_of};
 use crate::ops::{Cost, Room};
 use crate::{Error, Result};
@@ -56,6 +57,8 @@ pub struct KernelReport {
     pub case: String,
     /// `conv2d_dgrad`.
     pub op: String,
+    /// The op with the shapes of its operands and results: what a tuned variant goes by.
+    pub signature: String,
     /// The variant; `auto` is the default rule's choice.
     pub variant: String,
     /// Worst error over its allowance in the check before; none where the variant cannot run the case.
@@ -114,10 +117,7 @@ pub fn measure_case(
     let mut variants = BTreeSet::from(["auto"]);
     if options.all_variants {
         for &i in &wanted {
-            variants.extend(match backend.name() {
-                "wgpu" => nodes[i].op.wgpu_variants(),
-                _ => nodes[i].op.cpu_variants(),
-            });
+            variants.extend(nodes[i].op.variants_on(backend.name()));
         }
     }
     let mut rows = vec![];
@@ -156,7 +156,7 @@ pub fn measure_case(
             };
             rows.push(row(
                 format!("{}({params})", room.name),
-                node.op.name(),
+                (node.op.name(), case_of(node.op.name(), &x, &y)),
                 variant,
                 (error, time),
                 (cost, executed),
@@ -169,7 +169,7 @@ pub fn measure_case(
 
 fn row(
     case: String,
-    op: &str,
+    (op, signature): (&str, String),
     variant: &str,
     (error, time): (f64, Sample),
     (cost, executed): (Cost, u64),
@@ -184,6 +184,7 @@ fn row(
     Ok(KernelReport {
         case,
         op: op.into(),
+        signature,
         variant: variant.into(),
         error,
         flops: cost.flops,
@@ -222,6 +223,44 @@ fn smaller(room: &Room, params: &str) -> Result<String> {
     Ok(parts.join(","))
 }
 
+/// The times of a case's kernels by op, unchecked; nodes of one op together.
+///
+/// # Errors
+/// The case is malformed or the device failed.
+pub fn time_case(
+    backend: &dyn Backend,
+    room: &Room,
+    params: &str,
+    options: &KernelOptions,
+) -> Result<Vec<(String, Sample)>> {
+    let cg = case_graph(&room.build(params)?, seed_of(params))?;
+    let all: Vec<usize> = (0..cg.graph.nodes.len()).collect();
+    let times = time_nodes(backend, &cg, &CompileOptions::default(), &all, options)?;
+    let op = |i: usize| cg.graph.nodes[i].op.name().to_string();
+    Ok(times.into_iter().map(|(i, t)| (op(i), t)).collect())
+}
+
+/// Warp instructions of a case's kernels by op, on the simulator.
+///
+/// # Errors
+/// As [`time_case`].
+pub fn count_case(
+    backend: &dyn Backend,
+    room: &Room,
+    params: &str,
+) -> Result<BTreeMap<String, u64>> {
+    let cg = case_graph(&room.build(params)?, seed_of(params))?;
+    let mut exec = backend.compile(cg.graph.clone(), &CompileOptions::default())?;
+    cg.write(exec.as_mut())?;
+    let mut counts = BTreeMap::new();
+    for s in exec.run_traced(&[Phase::Forward, Phase::Backward])? {
+        let op = cg.graph.nodes[s.node].op.name().to_string();
+        let n = s.count.map_or(0, |c| c.counters.instructions);
+        *counts.entry(op).or_insert(0) += n;
+    }
+    Ok(counts)
+}
+
 /// The time of each wanted node.
 fn time_nodes(
     backend: &dyn Backend,
@@ -234,15 +273,7 @@ fn time_nodes(
     let mut bytes = 0;
     while execs.is_empty() || (!options.hot && bytes < ROTATED && execs.len() < 64) {
         let mut exec = backend.compile(cg.graph.clone(), compile)?;
-        for (t, data, dtype) in &cg.inputs {
-            if exec.memory().place(*t).is_none() {
-                continue;
-            }
-            match dtype {
-                DType::F32 => exec.write(*t, data)?,
-                DType::U32 => exec.write_u32(*t, bytemuck::cast_slice(data))?,
-            }
-        }
+        cg.write(exec.as_mut())?;
         bytes += exec.memory().bytes();
         execs.push(exec);
     }

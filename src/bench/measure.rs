@@ -1,7 +1,7 @@
 //! Repeating something until its median is known well enough.
 
 use crate::Result;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::time::{Duration, Instant};
 
 /// When to stop repeating.
@@ -29,7 +29,7 @@ impl Default for Limits {
 }
 
 /// A measured time.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Sample {
     /// Median, in seconds.
     pub median: f64,

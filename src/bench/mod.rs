@@ -7,6 +7,7 @@ pub mod ceiling;
 pub mod kernel;
 pub mod measure;
 pub mod model;
+pub mod record;
 
 pub use ceiling::{Ceilings, ceilings, present_share};
 pub use measure::{Limits, Sample, measure};

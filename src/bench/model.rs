@@ -2,7 +2,8 @@
 
 use super::ceiling::{Ceilings, present_share};
 use super::measure::{Limits, Sample};
-use crate::backend::{Backend, Exec};
+use crate::backend::{Backend, Exec, Span};
+use crate::graph::plan::Memory;
 use crate::graph::{Graph, Phase, Spec, Tid};
 use crate::models::session::{Session, SessionOptions};
 use crate::models::{Model, ModelOptions};
@@ -15,12 +16,12 @@ use crate::philox::Philox;
 use crate::train::config::OptimizerName;
 use crate::train::{Program, ProgramSpec, TrainConfig};
 use crate::{Error, Result};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 /// What a step does.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Direction {
     /// Forward, backward, update.
@@ -145,7 +146,18 @@ impl Step {
         self.exec.graph()
     }
 
-    fn phases(&self) -> &'static [Phase] {
+    /// Where everything lives.
+    pub fn memory(&self) -> &Memory {
+        self.exec.memory()
+    }
+
+    /// Side of the images in pixels.
+    pub fn image(&self) -> usize {
+        self.image
+    }
+
+    /// What runs in a step.
+    pub fn phases(&self) -> &'static [Phase] {
         match self.direction {
             Direction::Train => &[Phase::Forward, Phase::Backward, Phase::Optimizer],
             Direction::Infer => &[Phase::Forward],
@@ -172,6 +184,32 @@ impl Step {
         self.read()
     }
 
+    /// One step with every launch.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub fn traced(&mut self) -> Result<Traced> {
+        let clock = Instant::now();
+        let mut lap = {
+            let mut last = 0.0;
+            move || {
+                let now = clock.elapsed().as_secs_f64();
+                now - std::mem::replace(&mut last, now)
+            }
+        };
+        self.write()?;
+        let write = lap();
+        let spans = self.exec.run_traced(self.phases())?;
+        let run = lap();
+        self.read()?;
+        Ok(Traced {
+            write,
+            run,
+            read: lap(),
+            spans,
+        })
+    }
+
     fn read(&mut self) -> Result<()> {
         let result = self.exec.read(self.result)?;
         match result.iter().find(|v| !v.is_finite()) {
@@ -181,6 +219,26 @@ impl Step {
                 self.exec.graph().tensor(self.result).name
             ))),
         }
+    }
+}
+
+/// A step taken apart: seconds of the host, and every launch.
+#[derive(Clone, Debug)]
+pub struct Traced {
+    /// Data in.
+    pub write: f64,
+    /// From the first launch to the end of the last.
+    pub run: f64,
+    /// Result out.
+    pub read: f64,
+    /// The launches.
+    pub spans: Vec<Span>,
+}
+
+impl Traced {
+    /// The whole step.
+    pub fn seconds(&self) -> f64 {
+        self.write + self.run + self.read
     }
 }
 
@@ -205,7 +263,8 @@ pub struct Part {
 }
 
 impl Part {
-    fn add(&mut self, seconds: f64, cost: Cost, executed: u64, floor: f64) {
+    /// Adds one launch.
+    pub(crate) fn add(&mut self, seconds: f64, cost: Cost, executed: u64, floor: f64) {
         self.count += 1;
         self.seconds += seconds;
         self.flops += cost.flops;
@@ -284,7 +343,7 @@ pub struct StepReport {
 }
 
 /// `conv2d [8, 56, 56, 64] [64, 3, 3, 64] -> [8, 56, 56, 64]`; vectors (biases, statistics) are left out.
-fn signature(op: &str, x: &[Spec], y: &[Spec]) -> String {
+pub(crate) fn signature(op: &str, x: &[Spec], y: &[Spec]) -> String {
     let list = |specs: &[Spec]| -> String {
         let shown = specs.iter().filter(|s| s.shape.len() > 1);
         shown.map(|s| format!(" {:?}", s.shape)).collect()
@@ -353,7 +412,7 @@ fn four(s: &Spec) -> [usize; 4] {
     std::array::from_fn(|i| s.shape.get(i).copied().unwrap_or(1))
 }
 
-fn phase_name(phase: Phase) -> &'static str {
+pub(crate) fn phase_name(phase: Phase) -> &'static str {
     match phase {
         Phase::Prepare => "prepare",
         Phase::Forward => "forward",
@@ -378,15 +437,16 @@ impl Times {
         let clock = Instant::now();
         step.run()?;
         self.step.push(seconds(clock.elapsed()));
-        let clock = Instant::now();
-        step.write()?;
-        self.write.push(seconds(clock.elapsed()));
-        for (node, t) in step.exec.run_timed(step.phases())? {
-            self.nodes.entry(node).or_default().push(seconds(t));
+        let traced = step.traced()?;
+        self.write.push(traced.write);
+        self.read.push(traced.read);
+        let mut nodes: BTreeMap<usize, f64> = BTreeMap::new();
+        for s in traced.spans {
+            *nodes.entry(s.node).or_default() += seconds(s.time);
         }
-        let clock = Instant::now();
-        step.read()?;
-        self.read.push(seconds(clock.elapsed()));
+        for (node, t) in nodes {
+            self.nodes.entry(node).or_default().push(t);
+        }
         Ok(())
     }
 }

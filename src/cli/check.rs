@@ -32,7 +32,7 @@ use tilewright::{Error, Result};
   tilewright check layer_norm --fuzz 50 --seed 7
   tilewright check --determinism 10
   tilewright check --coverage
-  tilewright check 'linear(n=5,c=7,k=3)'")]
+  tilewright check 'linear(m=5,i=7,o=3)'")]
 pub struct Check {
     /// An op, or one case of an op as `op(key=value,...)` [default: every case of every op]
     #[arg(value_name = "OP")]
@@ -147,11 +147,7 @@ fn variants(
 ) -> Result<BTreeMap<&'static str, &'static [&'static str]>> {
     let case = room.build(params)?;
     let cg = case_graph(&case, seed_of(params))?;
-    let of = |n: &tilewright::graph::Node| match backend.name() {
-        "wgpu" => (n.op.name(), n.op.wgpu_variants()),
-        "cuda" | "cuda:sim" => (n.op.name(), n.op.cuda_variants()),
-        _ => (n.op.name(), n.op.cpu_variants()),
-    };
+    let of = |n: &tilewright::graph::Node| (n.op.name(), n.op.variants_on(backend.name()));
     Ok(cg
         .graph
         .nodes

@@ -7,7 +7,7 @@ use tilewright::backend::cpu::Cpu;
 use tilewright::backend::cuda::{self, CudaOptions, KernelSource, Precision};
 use tilewright::backend::wgpu::shaders::ShaderSource;
 use tilewright::backend::wgpu::{AdapterReport, Wgpu, WgpuOptions, adapters};
-use tilewright::backend::{self, Backend};
+use tilewright::backend::{self, Backend, tuned};
 use tilewright::{Error, Result};
 
 /// Flags that every command takes.
@@ -56,6 +56,14 @@ pub struct Global {
     /// What products are computed in on cuda: f32, tf32 or bf16 [default: f32]
     #[arg(long, global = true, value_name = "P", help_heading = "Global options")]
     pub precision: Option<Precision>,
+    /// Use the kernel variants that `tune` chose, from this file
+    #[arg(
+        long,
+        global = true,
+        value_name = "FILE",
+        help_heading = "Global options"
+    )]
+    pub tuned: Option<PathBuf>,
     /// Launch kernel by kernel on cuda, in place of replaying a run as one CUDA graph
     #[arg(long, global = true, help_heading = "Global options")]
     pub no_graph: bool,
@@ -93,6 +101,26 @@ impl Global {
     /// # Errors
     /// As [`open_backend`](Self::open_backend).
     pub fn open(&self, name: &str) -> Result<Box<dyn Backend>> {
+        let backend = self.open_plain(name)?;
+        let Some(file) = &self.tuned else {
+            return Ok(backend);
+        };
+        let backend = tuned::apply(backend, file)?;
+        if backend.tuned().is_empty() {
+            self.remark(&format!(
+                "{} has nothing for {}: the ops' own rules choose",
+                file.display(),
+                backend.device()
+            ));
+        }
+        Ok(backend)
+    }
+
+    /// [`open`](Self::open) without `--tuned`.
+    ///
+    /// # Errors
+    /// As [`open_backend`](Self::open_backend).
+    pub fn open_plain(&self, name: &str) -> Result<Box<dyn Backend>> {
         let (kind, adapter) = match name.split_once(':') {
             Some((kind, adapter)) => (kind, Some(adapter.to_string())),
             None => (name, None),

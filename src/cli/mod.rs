@@ -12,12 +12,16 @@ mod eval;
 mod failure;
 mod global;
 mod kernels;
+mod lab;
 mod models;
 mod output;
 mod predict;
+mod profile;
 mod source;
+mod step;
 mod tensors;
 mod train;
+mod tune;
 mod weights;
 
 use clap::{Parser, Subcommand};
@@ -88,6 +92,12 @@ enum Command {
     Check(check::Check),
     /// Time of training and inference steps, against the device's measured limits
     Bench(Box<bench::Bench>),
+    /// One step, launch by launch: what to fix first, memory over time, a trace for Perfetto
+    Profile(Box<profile::ProfileCommand>),
+    /// Edit a kernel and see: compiled, checked and measured on every save
+    Lab(lab::Lab),
+    /// The fastest kernel variant per op and shape on this device, into a file that --tuned applies
+    Tune(tune::Tune),
 }
 
 fn run(cli: Cli) -> Result<ExitCode> {
@@ -107,6 +117,9 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Kernels(c) => c.run(g),
         Command::Check(c) => c.run(g),
         Command::Bench(c) => c.run(g),
+        Command::Profile(c) => c.run(g),
+        Command::Lab(c) => c.run(g),
+        Command::Tune(c) => c.run(g),
     }
 }
 

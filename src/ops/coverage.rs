@@ -225,7 +225,7 @@ pub fn coverage(kernels: &KernelSource, shaders: &ShaderSource) -> Result<Covera
         entries.extend(found.into_iter().map(|e| (name.to_string(), e)));
     }
     // Not of an op: what measures a device, and what poisons.
-    let tools = ["ceiling.wgsl", "fill.wgsl"];
+    let tools = ["ceiling.cu", "ceiling.wgsl", "fill.wgsl"];
     entries.retain(|e| !tools.contains(&e.0.as_str()));
     let lacking = entries.iter().filter(|e| {
         // An entry in a shared file is launched under the name of the file that includes it.

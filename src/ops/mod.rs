@@ -134,6 +134,15 @@ pub trait Op: Debug + Send + Sync + 'static {
 }
 
 impl dyn Op {
+    /// Names of the kernel variants that the backend called `backend` has for this op.
+    pub fn variants_on(&self, backend: &str) -> &'static [&'static str] {
+        match backend {
+            "wgpu" => self.wgpu_variants(),
+            "cuda" | "cuda:sim" => self.cuda_variants(),
+            _ => self.cpu_variants(),
+        }
+    }
+
     /// The op as its concrete type, where it is that.
     pub fn downcast<T: Op>(&self) -> Option<&T> {
         self.as_any().downcast_ref()

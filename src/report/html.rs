@@ -1,10 +1,12 @@
 //! `report.html`: one self-contained page about a run, or about several compared. Data in, text out; no scripts, no
 //! network, light and dark by the reader's own setting.
 
+mod bench;
 mod compare;
 mod page;
 mod sample;
 
+pub use bench::{BenchPage, BenchSection};
 pub use compare::CompareReport;
 pub use page::escape;
 pub use sample::Sample;

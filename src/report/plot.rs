@@ -4,6 +4,7 @@
 //! page. The two families have a pair of colours that colour-blind readers can tell apart (Okabe and Ito, 2008) and a
 //! line style of their own: CNNs blue and solid, transformers vermillion and dashed.
 
+pub mod bench;
 mod classes;
 mod curves;
 
