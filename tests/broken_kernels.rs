@@ -133,9 +133,23 @@ fn off_by_one_in_a_rows_sum() {
     });
 }
 
-/// Partial sums are read before every warp has written its own.
+/// A second sum writes over the partial sums of the first while warps still read them.
 #[test]
 fn missing_barrier() {
+    found(&Broken {
+        backend: "cuda:sim",
+        file: "common/reduce.cuh",
+        from: "__syncthreads();  // the last use of `parts` is over",
+        to: "",
+        case: "layer_norm(n=1,t=1,c=4099)",
+        flags: &[],
+        says: &["layer_norm", "reduce.cuh:", "race"],
+    });
+}
+
+/// Partial sums are read before every warp has written its own.
+#[test]
+fn missing_barrier_before_a_read() {
     found(&Broken {
         backend: "cuda:sim",
         file: "common/reduce.cuh",
@@ -143,7 +157,7 @@ fn missing_barrier() {
         to: "if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = v;",
         case: "layer_norm(n=1,t=1,c=4099)",
         flags: &[],
-        says: &["layer_norm", "race"],
+        says: &["layer_norm", "reduce.cuh:", "shared memory"],
     });
 }
 
@@ -171,7 +185,7 @@ fn unguarded_tail() {
         to: "",
         case: "pad2d(n=1,h=3,w=3,c=5,oh=4,ow=4)",
         flags: &[],
-        says: &["pad2d", "beyond"],
+        says: &["pad2d.cu:", "past the end of `x0`"],
     });
 }
 
@@ -242,7 +256,7 @@ fn output_not_written_on_cuda() {
         to: "",
         case: "layer_norm(n=3,t=5,c=8)",
         flags: &[],
-        says: &["never written"],
+        says: &["layer_norm.cu:", "nobody wrote"],
     });
 }
 

@@ -2,11 +2,13 @@
 
 use super::ceiling::Ceilings;
 use super::measure::{Limits, Sample};
+use crate::backend::cuda::sim::Counters;
 use crate::backend::tuned::case_of;
 use crate::backend::{Backend, CompileOptions, Exec};
 use crate::graph::Phase;
-use crate::ops::check::{case_graph, run_case, seed_of};
+use crate::ops::check::{CaseGraph, case_graph, run_case, seed_of};
 use crate::ops::{Cost, Room};
+use crate::profile::Counted;
 use crate::{Error, Result};
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
@@ -102,48 +104,19 @@ pub fn measure_case(
     let case = room.build(params)?;
     let cg = case_graph(&case, seed_of(params))?;
     let nodes = &cg.graph.nodes;
-    let wanted: Vec<usize> = (0..nodes.len())
-        .filter(|&i| {
-            let (phase, op) = (nodes[i].phase, nodes[i].op.name());
-            options.passes.is_empty() || options.passes.iter().any(|p| p.takes(phase, op))
-        })
-        .collect();
+    let wanted = wanted(&cg, options);
     if wanted.is_empty() {
         return Err(Error::input(format!(
             "{}({params}) has no kernel in that direction",
             room.name
         )));
     }
-    let mut variants = BTreeSet::from(["auto"]);
-    if options.all_variants {
-        for &i in &wanted {
-            variants.extend(nodes[i].op.variants_on(backend.name()));
-        }
-    }
     let mut rows = vec![];
-    for variant in variants {
-        let mut compile = CompileOptions::default();
-        if variant != "auto" {
-            for &i in &wanted {
-                let op = nodes[i].op.name();
-                compile.variants.insert(op.into(), variant.into());
-            }
-        }
-        let small = smaller(room, params)?;
-        let findings = match run_case(room, &small, backend, &compile) {
-            Ok(f) => f,
-            // A variant need not support every shape, and says so.
-            Err(Error::Input(_)) if variant != "auto" => continue,
-            Err(e) => return Err(e),
+    for variant in variants(&cg, &wanted, backend, options) {
+        let compile = compile_as(&cg, &wanted, variant);
+        let Some(error) = checked(backend, room, params, variant, &compile)? else {
+            continue;
         };
-        if let Some(bad) = findings.iter().find(|f| !f.ok()) {
-            return Err(Error::run(format!(
-                "{}({small}), variant {variant}: {} is {} times its allowance off; what is not right is not timed \
-                 (tilewright check '{}({small})' --variants)",
-                room.name, bad.tensor, bad.worst, room.name
-            )));
-        }
-        let error = findings.iter().map(|f| f.worst).fold(0.0, f64::max);
         let times = time_nodes(backend, &cg, &compile, &wanted, options)?;
         for (i, time) in times {
             let node = &nodes[i];
@@ -240,7 +213,7 @@ pub fn time_case(
     Ok(times.into_iter().map(|(i, t)| (op(i), t)).collect())
 }
 
-/// Warp instructions of a case's kernels by op, on the simulator.
+/// What a case's kernels did on the simulator, by op, unchecked.
 ///
 /// # Errors
 /// As [`time_case`].
@@ -248,23 +221,148 @@ pub fn count_case(
     backend: &dyn Backend,
     room: &Room,
     params: &str,
-) -> Result<BTreeMap<String, u64>> {
+    compile: &CompileOptions,
+) -> Result<BTreeMap<String, Counted>> {
     let cg = case_graph(&room.build(params)?, seed_of(params))?;
-    let mut exec = backend.compile(cg.graph.clone(), &CompileOptions::default())?;
+    let mut exec = backend.compile(cg.graph.clone(), compile)?;
     cg.write(exec.as_mut())?;
-    let mut counts = BTreeMap::new();
+    let mut counts: BTreeMap<String, Counters> = BTreeMap::new();
     for s in exec.run_traced(&[Phase::Forward, Phase::Backward])? {
         let op = cg.graph.nodes[s.node].op.name().to_string();
-        let n = s.count.map_or(0, |c| c.counters.instructions);
-        *counts.entry(op).or_insert(0) += n;
+        if let Some(c) = s.count {
+            counts.entry(op).or_default().merge(&c.counters);
+        }
     }
-    Ok(counts)
+    let counted = counts.into_iter().map(|(op, c)| (op, Counted::of(&c)));
+    Ok(counted.collect())
+}
+
+/// What one kernel variant did on the simulator.
+#[derive(Clone, Debug, Serialize)]
+pub struct CountReport {
+    /// `linear(m=256,...)`.
+    pub case: String,
+    /// `linear_dgrad`.
+    pub op: String,
+    /// The variant; `auto` is the default rule's choice.
+    pub variant: String,
+    /// Worst error over its allowance in the check before.
+    pub error: f64,
+    /// Operations as the definition counts them.
+    pub flops: u64,
+    /// Compulsory bytes.
+    pub bytes: u64,
+    /// The counts.
+    pub counted: Counted,
+}
+
+/// Counts the kernels of `room(params)` in the simulator, variant by variant, each checked before.
+///
+/// # Errors
+/// The case is malformed, or a kernel is wrong.
+pub fn count_variants(
+    backend: &dyn Backend,
+    room: &Room,
+    params: &str,
+    options: &KernelOptions,
+) -> Result<Vec<CountReport>> {
+    let cg = case_graph(&room.build(params)?, seed_of(params))?;
+    let wanted = wanted(&cg, options);
+    let mut rows = vec![];
+    for variant in variants(&cg, &wanted, backend, options) {
+        let compile = compile_as(&cg, &wanted, variant);
+        let Some(error) = checked(backend, room, params, variant, &compile)? else {
+            continue;
+        };
+        let counts = count_case(backend, room, params, &compile)?;
+        for &i in &wanted {
+            let node = &cg.graph.nodes[i];
+            let Some(counted) = counts.get(node.op.name()) else {
+                continue;
+            };
+            let cost = cg.graph.node_cost(node);
+            rows.push(CountReport {
+                case: format!("{}({params})", room.name),
+                op: node.op.name().into(),
+                variant: variant.into(),
+                error,
+                flops: cost.flops,
+                bytes: cost.bytes,
+                counted: counted.clone(),
+            });
+        }
+    }
+    Ok(rows)
+}
+
+/// The nodes that are measured.
+fn wanted(cg: &CaseGraph, options: &KernelOptions) -> Vec<usize> {
+    let nodes = &cg.graph.nodes;
+    (0..nodes.len())
+        .filter(|&i| {
+            let (phase, op) = (nodes[i].phase, nodes[i].op.name());
+            options.passes.is_empty() || options.passes.iter().any(|p| p.takes(phase, op))
+        })
+        .collect()
+}
+
+/// The rule's choice and, where they are wanted, all variants of the nodes.
+fn variants(
+    cg: &CaseGraph,
+    wanted: &[usize],
+    backend: &dyn Backend,
+    options: &KernelOptions,
+) -> BTreeSet<&'static str> {
+    let mut variants = BTreeSet::from(["auto"]);
+    if options.all_variants {
+        for &i in wanted {
+            variants.extend(cg.graph.nodes[i].op.variants_on(backend.name()));
+        }
+    }
+    variants
+}
+
+fn compile_as(cg: &CaseGraph, wanted: &[usize], variant: &str) -> CompileOptions {
+    let mut compile = CompileOptions::default();
+    if variant != "auto" {
+        for &i in wanted {
+            let op = cg.graph.nodes[i].op.name();
+            compile.variants.insert(op.into(), variant.into());
+        }
+    }
+    compile
+}
+
+/// The worst error of the case (of a smaller batch, where the reference would take long) over its allowance; `None`
+/// where the variant does not support it.
+fn checked(
+    backend: &dyn Backend,
+    room: &Room,
+    params: &str,
+    variant: &str,
+    compile: &CompileOptions,
+) -> Result<Option<f64>> {
+    let small = smaller(room, params)?;
+    let findings = match run_case(room, &small, backend, compile) {
+        Ok(f) => f,
+        // A variant need not support every shape, and says so.
+        Err(Error::Input(_)) if variant != "auto" => return Ok(None),
+        Err(e) => return Err(e),
+    };
+    if let Some(bad) = findings.iter().find(|f| !f.ok()) {
+        return Err(Error::run(format!(
+            "{}({small}), variant {variant}: {} is {} times its allowance off; what is not right is not timed \
+             (tilewright check '{}({small})' --variants)",
+            room.name, bad.tensor, bad.worst, room.name
+        )));
+    }
+    Ok(Some(findings.iter().map(|f| f.worst).fold(0.0, f64::max)))
 }
 
 /// The time of each wanted node.
 fn time_nodes(
     backend: &dyn Backend,
-    cg: &crate::ops::check::CaseGraph,
+    cg: &CaseGraph,
     compile: &CompileOptions,
     wanted: &[usize],
     options: &KernelOptions,

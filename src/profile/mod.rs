@@ -6,6 +6,7 @@ pub mod diff;
 pub mod memory;
 pub mod trace;
 
+use crate::backend::cuda::sim::Counters;
 use crate::backend::{Backend, Span};
 use crate::bench::model::{Direction, Part, Step, StepOptions, Traced, phase_name, signature};
 use crate::bench::record::Origin;
@@ -41,9 +42,8 @@ pub struct Counted {
 }
 
 impl Counted {
-    /// From one launch's counters.
-    pub fn of(c: &crate::backend::cuda::Count) -> Counted {
-        let c = &c.counters;
+    /// From counters.
+    pub fn of(c: &Counters) -> Counted {
         Counted {
             instructions: c.instructions,
             mma: c.mma,
@@ -307,7 +307,7 @@ fn launches(backend: &str, graph: &Graph, spans: &[Span]) -> Vec<Launch> {
         let node = &graph.nodes[s.node];
         let (x, y) = graph.node_specs(node);
         let start = s.start.as_secs_f64();
-        let counted = s.count.as_ref().map(Counted::of);
+        let counted = s.count.as_ref().map(|c| Counted::of(&c.counters));
         let work = |l: &Launch| {
             let instructions = l.counted.as_ref().map_or(0, |c| c.instructions);
             (l.seconds, instructions as f64)

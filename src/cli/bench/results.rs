@@ -9,7 +9,9 @@ use std::path::Path;
 use std::process::ExitCode;
 use tilewright::backend::Backend;
 use tilewright::bench::Ceilings;
+use tilewright::bench::kernel::{KernelOptions, count_variants};
 use tilewright::bench::record::{FOLDER, Origin, Record, Row, compare, path_of};
+use tilewright::ops::Room;
 use tilewright::report::html::{BenchPage, BenchSection};
 use tilewright::report::plot::bench::{self as plot, Bar, Roof, RooflinePoint, Series};
 use tilewright::report::table::{Table, number};
@@ -291,5 +293,59 @@ pub fn history(g: &Global, html: Option<&Path>) -> Result<ExitCode> {
         note(&format!("page written to {}", path.display()));
     }
     print(&out)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Kernels in the simulator: what they did, in place of how long it took.
+pub fn counts(
+    g: &Global,
+    backend: &dyn Backend,
+    room: &Room,
+    cases: &[&str],
+    options: &KernelOptions,
+) -> Result<ExitCode> {
+    let mut rows = vec![];
+    for case in cases {
+        rows.extend(count_variants(backend, room, case, options)?);
+    }
+    if g.json {
+        json(&json!({"origin": Origin::of(backend), "counted": rows}))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let headings = [
+        "case",
+        "op",
+        "variant",
+        "instructions",
+        "FLOP each",
+        "mma",
+        "global MB",
+        "of compulsory",
+        "loads %",
+        "stores %",
+        "conflicts",
+        "barriers",
+        "error",
+    ];
+    let mut t = Table::new(headings).left(&[0, 1, 2]);
+    for r in &rows {
+        let c = &r.counted;
+        t.row([
+            r.case.clone(),
+            r.op.clone(),
+            r.variant.clone(),
+            c.instructions.to_string(),
+            number(r.flops as f64 / c.instructions.max(1) as f64, 1),
+            c.mma.to_string(),
+            number(c.global_bytes as f64 / 1e6, 3),
+            number(c.global_bytes as f64 / r.bytes.max(1) as f64, 2),
+            number(100.0 * c.load_efficiency, 0),
+            number(100.0 * c.store_efficiency, 0),
+            c.bank_conflicts.to_string(),
+            c.barriers.to_string(),
+            number(r.error, 3),
+        ]);
+    }
+    print(&t.to_text())?;
     Ok(ExitCode::SUCCESS)
 }

@@ -131,9 +131,9 @@ impl Bench<'_> {
         }
         let worst = found.iter().map(|f| f.worst).fold(0.0, f64::max);
         let figures = if self.counts() {
-            count_case(backend.as_ref(), self.room, &self.params)?
+            count_case(backend.as_ref(), self.room, &self.params, &options)?
                 .into_iter()
-                .map(|(op, n)| (op, n as f64))
+                .map(|(op, c)| (op, c.instructions as f64))
                 .collect()
         } else {
             let options = KernelOptions {
