@@ -3,6 +3,7 @@
 //! One way through the house: a [model builder](models) writes a static-shape [graph] of [ops]; the graph is
 //! checked, differentiated and fused; a plan places every tensor and lists the launches; a [backend] runs it.
 
+pub mod analyze;
 pub mod backend;
 pub mod bench;
 pub mod data;

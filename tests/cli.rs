@@ -489,6 +489,129 @@ fn a_closed_or_full_standard_output_is_no_panic() {
     }
 }
 
+#[test]
+fn analyses_tell_what_layers_see() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = |args: &[&str]| -> serde_json::Value {
+        let o = program().args(args).output().unwrap();
+        assert_eq!(o.status.code(), Some(0), "{args:?}: {}", stderr(&o));
+        serde_json::from_slice(&o.stdout).unwrap()
+    };
+    let fields = out(&[
+        "analyze",
+        "receptive-field",
+        "-m",
+        "resnet18",
+        "-w",
+        "random",
+        "--json",
+    ]);
+    let last = fields["layers"].as_array().unwrap().last().unwrap();
+    assert_eq!(last["layer"], "layer4");
+    let axis = &last["field"]["window"][0];
+    let size = axis["high"].as_i64().unwrap() - axis["low"].as_i64().unwrap() + 1;
+    assert_eq!(size, 435);
+
+    let plot = dir.path().join("cka.svg");
+    let vit = "vit:patch=4,dim=24,depth=2,heads=2,mlp=1,img=8";
+    let images = [
+        "-d",
+        "digits",
+        "--limit",
+        "40",
+        "--batch-size",
+        "20",
+        "--backend",
+        "cpu",
+        "--json",
+    ];
+    let cka = [
+        &[
+            "analyze",
+            "cka",
+            "-m",
+            vit,
+            "-w",
+            "random",
+            "--plot",
+            text(&plot),
+        ],
+        &images[..],
+    ]
+    .concat();
+    let cka = out(&cka);
+    for (i, row) in cka["cka"].as_array().unwrap().iter().enumerate() {
+        assert!((row[i].as_f64().unwrap() - 1.0).abs() < 1e-9);
+    }
+    assert!(std::fs::read_to_string(&plot).unwrap().contains("blocks.1"));
+
+    let distance = [
+        &["analyze", "attention-distance", "-m", vit, "-w", "random"],
+        &images[..],
+    ]
+    .concat();
+    for layer in out(&distance)["layers"].as_array().unwrap() {
+        // Two by two patches of 4 px: between 0 and the diagonal's 5.7 px.
+        let heads = layer["heads"].as_array().unwrap();
+        assert_eq!(heads.len(), 2);
+        assert!(
+            heads
+                .iter()
+                .all(|h| (0.1..5.6).contains(&h.as_f64().unwrap()))
+        );
+    }
+    let photo = dir.path().join("photo.png");
+    image::RgbImage::from_fn(16, 12, |x, y| image::Rgb([x as u8 * 9, y as u8 * 9, 40]))
+        .save(&photo)
+        .unwrap();
+    let maps = dir.path().join("maps");
+    let map = [
+        "analyze",
+        "attention-map",
+        "-m",
+        vit,
+        "-w",
+        "random",
+        "--json",
+        "-o",
+        text(&maps),
+        text(&photo),
+    ];
+    assert_eq!(out(&map)["files"].as_array().unwrap().len(), 1);
+    assert_eq!(
+        image::open(maps.join("photo.png")).unwrap().width(),
+        5 * 12 - 4
+    );
+    for args in [
+        &[
+            "analyze",
+            "attention-map",
+            "-m",
+            "resnet20",
+            "-w",
+            "random",
+            "-o",
+            "x",
+            text(&photo),
+        ][..],
+        &[&map[..], &["--block", "2"]].concat(),
+        &[
+            "analyze",
+            "cka",
+            "-m",
+            vit,
+            "-w",
+            "random",
+            "-d",
+            "digits",
+            "--batch-size",
+            "3",
+        ],
+    ] {
+        bad(args, 2, &[]);
+    }
+}
+
 /// A machine without any Vulkan driver, as far as the loader can tell.
 #[cfg(target_os = "linux")]
 #[test]

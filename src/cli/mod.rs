@@ -4,6 +4,7 @@
 //! Exit status: 0 good, 1 a check or a run failed, 2 bad usage or input, 130 after Ctrl-C. Results go to standard
 //! output, everything else to standard error.
 
+mod analyze;
 mod bench;
 mod check;
 mod data;
@@ -90,6 +91,8 @@ enum Command {
     Kernels(kernels::Kernels),
     /// Every kernel against its float64 reference, and every gradient against finite differences
     Check(check::Check),
+    /// Receptive fields, attention, similarity of layers
+    Analyze(Box<analyze::Analyze>),
     /// Time of training and inference steps, against the device's measured limits
     Bench(Box<bench::Bench>),
     /// One step, launch by launch: what to fix first, memory over time, a trace for Perfetto
@@ -116,6 +119,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Grad(c) => c.run(g),
         Command::Kernels(c) => c.run(g),
         Command::Check(c) => c.run(g),
+        Command::Analyze(c) => c.run(g),
         Command::Bench(c) => c.run(g),
         Command::Profile(c) => c.run(g),
         Command::Lab(c) => c.run(g),

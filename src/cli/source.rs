@@ -30,6 +30,18 @@ pub struct ModelArgs {
     classes: Option<usize>,
 }
 
+impl ModelArgs {
+    /// For a second model beside this one: what is not given is as here. Its classes are those of its weights.
+    pub fn other(&self, model: Option<String>, weights: Option<String>) -> ModelArgs {
+        let same_weights = weights.is_none();
+        ModelArgs {
+            model: model.or_else(|| self.model.clone().filter(|_| same_weights)),
+            weights: weights.unwrap_or_else(|| self.weights.clone()),
+            classes: self.classes.filter(|_| same_weights),
+        }
+    }
+}
+
 /// From an image to the model's input. What is not given is what the weights were trained with, as far as their
 /// metadata or their naming tells.
 #[derive(Args)]
@@ -125,7 +137,8 @@ pub struct Source {
     trained: Trained,
     record: Option<Record>,
     classes: Option<usize>,
-    seed: u64,
+    /// Seed of random weights.
+    pub seed: u64,
 }
 
 /// The file that a `--weights` names, with its record in the registry where it is known by a name of that: a run

@@ -72,6 +72,9 @@ impl CifarResNet {
                 x = g.scoped(format!("{name}.{i}"), |g| {
                     self.residual(g, x, 16 << stage, stride, eps)
                 })?;
+                if i + 1 < self.blocks {
+                    g.tap(format!("{name}.{i}"), x);
+                }
             }
             g.tap(name, x);
         }

@@ -67,6 +67,9 @@ impl ResNet {
                 x = g.scoped(format!("{name}.{i}"), |g| {
                     self.residual(g, x, 64 << stage, stride, eps)
                 })?;
+                if i + 1 < depth {
+                    g.tap(format!("{name}.{i}"), x);
+                }
             }
             g.tap(name, x);
         }

@@ -116,6 +116,22 @@ impl Session {
         file: Option<&WeightFile>,
         options: &SessionOptions,
     ) -> Result<Session> {
+        let (session, ()) = Self::open_with(backend, model, file, options, |_| Ok(()))?;
+        Ok(session)
+    }
+
+    /// [`open`](Self::open) with a change to the network before it is fused and compiled, such as more results to keep;
+    /// also gives what the change returns.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open), or the change fails.
+    pub fn open_with<T>(
+        backend: &dyn Backend,
+        model: &Model,
+        file: Option<&WeightFile>,
+        options: &SessionOptions,
+        change: impl FnOnce(&mut Net) -> Result<T>,
+    ) -> Result<(Session, T)> {
         let chosen = options_for(&options.model, file, options.replace_head);
         let mut net = model.net(options.batch, options.image, Mode::default(), &chosen)?;
         let loaded = file
@@ -132,6 +148,7 @@ impl Session {
                 net.graph.keep(net.graph.taps[i].tid);
             }
         }
+        let changed = change(&mut net)?;
         fuse(&mut net.graph, Purpose::Inference)?;
         let compile = CompileOptions {
             constant_params: options.constant_params,
@@ -140,12 +157,13 @@ impl Session {
         let mut exec = backend.compile(Arc::new(net.graph), &compile)?;
         write_parameters(exec.as_mut(), loaded.as_ref().zip(file), options.seed)?;
         exec.run(&[Phase::Prepare])?;
-        Ok(Session {
+        let session = Session {
             exec,
             input: net.input,
             heads: net.heads,
             names,
-        })
+        };
+        Ok((session, changed))
     }
 
     /// The compiled graph.
@@ -189,9 +207,25 @@ impl Session {
     /// # Errors
     /// The number of elements differs from the batch's, or the device is lost.
     pub fn run(&mut self, images: &[f32]) -> Result<Vec<f32>> {
-        self.exec.write(self.input, images)?;
-        self.exec.run(&[Phase::Forward])?;
+        self.forward(images)?;
         self.exec.read(self.heads.output())
+    }
+
+    /// [`run`](Self::run) without reading the output.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub fn forward(&mut self, images: &[f32]) -> Result<()> {
+        self.exec.write(self.input, images)?;
+        self.exec.run(&[Phase::Forward])
+    }
+
+    /// A tensor that was kept, as the last run left it.
+    ///
+    /// # Errors
+    /// It was not kept, or the device is lost.
+    pub fn read(&mut self, tid: Tid) -> Result<Vec<f32>> {
+        self.exec.read(tid)
     }
 
     /// What the classifier read in the last run, `[N, dim]`.

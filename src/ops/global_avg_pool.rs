@@ -31,6 +31,10 @@ multiversion! {
 impl Op for GlobalAvgPool {
     op_common!("global_avg_pool");
 
+    fn reach(&self, _x: &[Spec]) -> super::Reach {
+        super::Reach::All
+    }
+
     fn infer(&self, x: &[Spec]) -> Result<Vec<Spec>, String> {
         ensure!(x.len() == 1, "takes one operand");
         ensure!(

@@ -130,6 +130,15 @@ multiversion! {
 impl Op for MaxPool {
     op_common!("max_pool");
 
+    fn reach(&self, _x: &[Spec]) -> super::Reach {
+        let w = self.window;
+        super::Reach::Window {
+            size: [w.kernel; 2],
+            stride: [w.stride; 2],
+            pad: [w.pad; 2],
+        }
+    }
+
     fn infer(&self, x: &[Spec]) -> Result<Vec<Spec>, String> {
         ensure!(x.len() == 1, "takes one operand");
         self.window.check(&x[0])?;

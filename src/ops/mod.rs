@@ -49,6 +49,26 @@ pub struct Cost {
     pub bytes: u64,
 }
 
+/// Which places of its first operand a place of an op's result depends on, along height and width.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Reach {
+    /// The same place, whatever happens along the channels.
+    Same,
+    /// Place `i` depends on `size` places from `i * stride - pad` on, for height and width.
+    Window {
+        /// Places of the operand that one place depends on.
+        size: [usize; 2],
+        /// Places of the operand between two places of the result.
+        stride: [usize; 2],
+        /// Places before the operand's first.
+        pad: [usize; 2],
+    },
+    /// Blocks of places that do not slide with the result (windows of attention).
+    Blocks,
+    /// Every place.
+    All,
+}
+
 /// One kind of node. Its attributes are the fields of the type that implements this.
 pub trait Op: Debug + Send + Sync + 'static {
     /// `conv2d`, `conv2d_dgrad`: unique over all rooms.
@@ -72,6 +92,11 @@ pub trait Op: Debug + Send + Sync + 'static {
             flops,
             bytes: traffic(x, y),
         }
+    }
+
+    /// Which places of the first operand a place of the result depends on, for receptive fields.
+    fn reach(&self, _x: &[Spec]) -> Reach {
+        Reach::Same
     }
 
     /// Floating-point operations that the default kernel of the backend called `backend` does: fewer than

@@ -42,6 +42,14 @@ fn moves(x: &[Spec], y: &[Spec]) -> Cost {
 impl Op for PatchMerge {
     op_common!("patch_merge");
 
+    fn reach(&self, _x: &[Spec]) -> super::Reach {
+        super::Reach::Window {
+            size: [2; 2],
+            stride: [2; 2],
+            pad: [0; 2],
+        }
+    }
+
     fn infer(&self, x: &[Spec]) -> Result<Vec<Spec>, String> {
         let [n, h, w, c] = map(x)?;
         Ok(vec![Spec::f32([n, h.div_ceil(2), w.div_ceil(2), 4 * c])])

@@ -35,6 +35,14 @@ pub struct SubsampleBwd {
 impl Op for Subsample {
     op_common!("subsample");
 
+    fn reach(&self, _x: &[Spec]) -> super::Reach {
+        super::Reach::Window {
+            size: [1; 2],
+            stride: [self.stride; 2],
+            pad: [0; 2],
+        }
+    }
+
     fn infer(&self, x: &[Spec]) -> Result<Vec<Spec>, String> {
         ensure!(x.len() == 1, "takes one operand");
         let &[n, h, w, c] = &x[0].shape[..] else {

@@ -7,9 +7,11 @@
 pub mod bench;
 mod classes;
 mod curves;
+mod layers;
 
 pub use classes::{class_f1, confusion};
 pub use curves::{learning_curves, learning_rate};
+pub use layers::{LayerSeries, heat_map, over_depth};
 
 use super::html::escape;
 use super::runlog::EpochRow;

@@ -97,6 +97,10 @@ impl Extents {
 impl Op for Attention {
     op_common!("attention");
 
+    fn reach(&self, _x: &[Spec]) -> super::Reach {
+        super::Reach::All
+    }
+
     fn infer(&self, x: &[Spec]) -> Result<Vec<Spec>, String> {
         ensure!(x.len() == 1, "takes one operand");
         let e = Extents::of(&x[0], self.heads, self.scale)?;

@@ -82,6 +82,14 @@ impl Conv2d {
 impl Op for Conv2d {
     op_common!("conv2d");
 
+    fn reach(&self, x: &[Spec]) -> super::Reach {
+        super::Reach::Window {
+            size: [x[1].shape[1], x[1].shape[2]],
+            stride: self.window.stride,
+            pad: self.window.pad,
+        }
+    }
+
     fn infer(&self, x: &[Spec]) -> Result<Vec<Spec>, String> {
         let want = 2 + usize::from(self.bias) + usize::from(self.residual);
         ensure!(x.len() == want, "takes {want} operands, got {}", x.len());

@@ -159,6 +159,10 @@ impl Windows {
 impl Op for WindowAttention {
     op_common!("window_attention");
 
+    fn reach(&self, _x: &[Spec]) -> super::Reach {
+        super::Reach::Blocks
+    }
+
     fn infer(&self, x: &[Spec]) -> Result<Vec<Spec>, String> {
         ensure!(x.len() == 2, "takes two operands");
         let g = Windows::of(*self, &x[0], &x[1])?;
