@@ -492,19 +492,13 @@ fn a_closed_or_full_standard_output_is_no_panic() {
 #[test]
 fn analyses_tell_what_layers_see() {
     let dir = tempfile::tempdir().unwrap();
-    let out = |args: &[&str]| -> serde_json::Value {
-        let o = program().args(args).output().unwrap();
-        assert_eq!(o.status.code(), Some(0), "{args:?}: {}", stderr(&o));
-        serde_json::from_slice(&o.stdout).unwrap()
-    };
-    let fields = out(&[
+    let fields = good_json(&[
         "analyze",
         "receptive-field",
         "-m",
         "resnet18",
         "-w",
         "random",
-        "--json",
     ]);
     let last = fields["layers"].as_array().unwrap().last().unwrap();
     assert_eq!(last["layer"], "layer4");
@@ -523,7 +517,6 @@ fn analyses_tell_what_layers_see() {
         "20",
         "--backend",
         "cpu",
-        "--json",
     ];
     let cka = [
         &[
@@ -539,7 +532,7 @@ fn analyses_tell_what_layers_see() {
         &images[..],
     ]
     .concat();
-    let cka = out(&cka);
+    let cka = good_json(&cka);
     for (i, row) in cka["cka"].as_array().unwrap().iter().enumerate() {
         assert!((row[i].as_f64().unwrap() - 1.0).abs() < 1e-9);
     }
@@ -550,7 +543,7 @@ fn analyses_tell_what_layers_see() {
         &images[..],
     ]
     .concat();
-    for layer in out(&distance)["layers"].as_array().unwrap() {
+    for layer in good_json(&distance)["layers"].as_array().unwrap() {
         // Two by two patches of 4 px: between 0 and the diagonal's 5.7 px.
         let heads = layer["heads"].as_array().unwrap();
         assert_eq!(heads.len(), 2);
@@ -572,12 +565,11 @@ fn analyses_tell_what_layers_see() {
         vit,
         "-w",
         "random",
-        "--json",
         "-o",
         text(&maps),
         text(&photo),
     ];
-    assert_eq!(out(&map)["files"].as_array().unwrap().len(), 1);
+    assert_eq!(good_json(&map)["files"].as_array().unwrap().len(), 1);
     assert_eq!(
         image::open(maps.join("photo.png")).unwrap().width(),
         5 * 12 - 4

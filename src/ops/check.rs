@@ -632,16 +632,16 @@ mod tests {
             let wgpu = Wgpu::open(&WgpuOptions {
                 checked: true,
                 gpu_kernels,
-                max_binding: Some(32 << 10),
+                max_binding: Some(128 << 10),
                 ..Default::default()
             })
             .unwrap();
             for (op, params) in [
-                ("conv2d", "n=8,h=16,c=8,k=16,r=3,pad=1,stride=2"),
-                ("linear", "m=600,i=32,o=32,bias=1,act=gelu"),
-                ("layer_norm", "n=30,t=10,c=64"),
-                ("batch_norm", "n=8,h=16,w=16,c=16,relu=1"),
-                ("attention", "n=6,t=17,h=3,d=16"),
+                ("conv2d", "n=32,h=16,c=8,k=16,r=3,pad=1,stride=2"),
+                ("linear", "m=2400,i=32,o=64,bias=1,act=gelu"),
+                ("layer_norm", "n=120,t=5,c=64"),
+                ("batch_norm", "n=16,h=16,w=16,c=16,relu=1"),
+                ("attention", "n=24,t=16,h=3,d=16"),
             ] {
                 let room = crate::ops::room(op).unwrap();
                 let options = CompileOptions {

@@ -131,7 +131,7 @@ pub(super) fn forward(op: &Attention, cx: &mut WgpuCx) -> Result<()> {
     };
     let width = e.tokens * e.heads * e.dim;
     let rows = e.heads * e.tokens;
-    let pairs = if op.probs { rows * e.tokens } else { 1 };
+    let pairs = if op.probs { rows * e.tokens } else { rows };
     for cut in cx.cuts(e.images, &[3 * width, width, rows, pairs])? {
         let qkv = cut.of(Arg::In(0), 3 * width);
         let (out, lse) = (cut.of(Arg::Out(0), width), cut.of(Arg::Out(1), rows));
