@@ -2,6 +2,7 @@
 
 mod results;
 
+use super::case::{CaseText, case};
 use super::global::Global;
 use super::output::{json, note, print};
 use super::step::StepFlags;
@@ -61,7 +62,7 @@ pub struct Bench {
     #[arg(long)]
     hot: bool,
     /// Images in a step; several as 1,8,32 or 1:64:x2
-    #[arg(long, value_name = "N", default_value = "8", value_parser = sweep)]
+    #[arg(long, value_name = "N", default_value = "8", value_parser = batches)]
     batch: Sweep,
     #[command(flatten)]
     step: StepFlags,
@@ -115,32 +116,8 @@ enum Which {
 #[derive(Clone, Debug, PartialEq)]
 struct Sweep(Vec<usize>);
 
-/// `8`, `1,8,32`, or `1:64:x2` (from, to, factor).
-fn sweep(text: &str) -> Result<Sweep, String> {
-    let number = |s: &str| super::source::positive(s.trim());
-    let parts: Vec<&str> = text.split(':').collect();
-    match parts[..] {
-        [list] => list
-            .split(',')
-            .map(number)
-            .collect::<Result<_, _>>()
-            .map(Sweep),
-        [from, to, factor] => {
-            let (from, to) = (number(from)?, number(to)?);
-            let factor = match factor.strip_prefix('x').map(number) {
-                Some(Ok(f)) if f > 1 => f,
-                _ => return Err("the factor is written x2, x4, ...".into()),
-            };
-            let all: Vec<usize> = std::iter::successors(Some(from), |v| v.checked_mul(factor))
-                .take_while(|&v| v <= to)
-                .collect();
-            match all.is_empty() {
-                true => Err(format!("there is nothing from {from} to {to}")),
-                false => Ok(Sweep(all)),
-            }
-        }
-        _ => Err("give a number, a list 1,8,32 or a range 1:64:x2".into()),
-    }
+fn batches(text: &str) -> Result<Sweep, String> {
+    super::case::sweep(text).map(Sweep)
 }
 
 impl Bench {
@@ -263,19 +240,18 @@ impl Bench {
 
     /// Cases of one op.
     fn kernels(&self, g: &Global, target: &str) -> Result<ExitCode> {
-        let (name, params) = match target.split_once('(') {
-            None => (target, None),
-            Some((name, rest)) => {
-                let params = rest.strip_suffix(')').ok_or_else(|| {
-                    Error::input(format!(
-                        "`{target}` has no closing bracket; a case is op(key=value,...)"
-                    ))
-                })?;
-                (name, Some(params))
-            }
+        let CaseText {
+            room,
+            params,
+            precision,
+        } = case(target)?;
+        // `dtype=` stands for --precision.
+        let g = &Global {
+            precision: precision.or(g.precision),
+            ..g.clone()
         };
-        let room = room(name)?;
-        let cases = params.map_or(room.bench.to_vec(), |p| vec![p]);
+        let all = params.unwrap_or_else(|| room.bench.iter().map(|c| c.to_string()).collect());
+        let cases: Vec<&str> = all.iter().map(String::as_str).collect();
         let backend = g.open_backend()?;
         let pass = |w: &Way| match w {
             Way::Fwd => Pass::Forward,
@@ -654,19 +630,4 @@ fn csv(reports: &[StepReport]) -> String {
         let _ = writeln!(out, "{}", row.join(","));
     }
     out
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sweeps() {
-        assert_eq!(sweep("8").unwrap(), Sweep(vec![8]));
-        assert_eq!(sweep("1,8, 32").unwrap(), Sweep(vec![1, 8, 32]));
-        assert_eq!(sweep("1:9:x2").unwrap(), Sweep(vec![1, 2, 4, 8]));
-        for bad in ["", "0", "a", "4:1:x2", "1:8:2", "1:8:x1", "1:8"] {
-            assert!(sweep(bad).is_err(), "{bad}");
-        }
-    }
 }

@@ -1,5 +1,6 @@
 //! `check`.
 
+use super::case::{CaseText, case};
 use super::global::Global;
 use super::output::{json, note, print};
 use clap::Args;
@@ -17,7 +18,7 @@ use tilewright::ops::check::{
 };
 use tilewright::ops::coverage::coverage;
 use tilewright::ops::fuzz::{random_case, shrink};
-use tilewright::ops::{ROOMS, Room, room};
+use tilewright::ops::{ROOMS, Room};
 use tilewright::philox::Philox;
 use tilewright::report::table::Table;
 use tilewright::{Error, Result};
@@ -65,17 +66,14 @@ fn cases(op: Option<&str>) -> Result<Cases> {
     let Some(op) = op else {
         return Ok(ROOMS.iter().map(|r| all(r)).collect());
     };
-    let Some((name, rest)) = op.split_once('(') else {
-        return Ok(vec![all(room(op)?)]);
+    let CaseText { room, params, .. } = case(op)?;
+    let Some(params) = params else {
+        return Ok(vec![all(room)]);
     };
-    let params = rest.strip_suffix(')').ok_or_else(|| {
-        Error::input(format!(
-            "`{op}` has no closing bracket; a case is op(key=value,...)"
-        ))
-    })?;
-    let room = room(name)?;
-    room.build(params)?;
-    Ok(vec![(room, vec![params.to_string()])])
+    for p in &params {
+        room.build(p)?;
+    }
+    Ok(vec![(room, params)])
 }
 
 /// What is checked of an op on a backend.
@@ -307,6 +305,12 @@ impl Check {
 
     pub fn run(self, g: &Global) -> Result<ExitCode> {
         let cases = cases(self.op.as_deref())?;
+        // `dtype=` stands for --precision.
+        let told = self.op.as_deref().map(case).transpose()?;
+        let g = &Global {
+            precision: told.and_then(|c| c.precision).or(g.precision),
+            ..g.clone()
+        };
         if self.list {
             return list(g, &cases);
         }

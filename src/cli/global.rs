@@ -11,7 +11,7 @@ use tilewright::backend::{self, Backend, tuned};
 use tilewright::{Error, Result};
 
 /// Flags that every command takes.
-#[derive(Args, Debug)]
+#[derive(Args, Clone, Debug)]
 pub struct Global {
     /// Where to compute: cpu, wgpu, wgpu:PART-OF-AN-ADAPTER'S-NAME, cuda, cuda:NUMBER, or cuda:sim, the simulator [default:
     /// cuda, else wgpu on a real GPU, else cpu]

@@ -1,5 +1,6 @@
 //! `tune`.
 
+use super::case::case;
 use super::global::{Global, default_backend};
 use super::output::{json, note, print};
 use super::step::StepFlags;
@@ -66,16 +67,12 @@ impl Tune {
                 let options = self.step.options(g, self.batch);
                 layer_cases(backend.as_ref(), &find(m)?, &options)?
             }
-            (_, Some(t)) => match t.split_once('(') {
-                Some((op, rest)) => vec![(op, rest.trim_end_matches(')').to_string())],
-                None => {
-                    let room = room(t)?;
-                    room.bench
-                        .iter()
-                        .map(|c| (room.name, c.to_string()))
-                        .collect()
-                }
-            },
+            (_, Some(t)) => {
+                let c = case(t)?;
+                let all = || c.room.bench.iter().map(|c| c.to_string()).collect();
+                let params: Vec<String> = c.params.unwrap_or_else(all);
+                params.into_iter().map(|p| (c.room.name, p)).collect()
+            }
             _ => return Err(Error::input("name an op, a case or a model")),
         };
         let limits = ceilings(backend.as_ref(), false)?;

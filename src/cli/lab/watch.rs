@@ -1,5 +1,6 @@
 //! The loop of `lab`: watch, compile, check, measure, compare.
 
+use super::super::case::case;
 use super::super::global::{Global, default_backend};
 use super::super::output::{note, print};
 use super::Lab;
@@ -14,27 +15,18 @@ use tilewright::backend::wgpu::{Wgpu, WgpuCx};
 use tilewright::backend::{Backend, CompileOptions};
 use tilewright::bench::Limits;
 use tilewright::bench::kernel::{KernelOptions, count_case, time_case};
+use tilewright::ops::Room;
 use tilewright::ops::check::{case_graph, run_seeded};
-use tilewright::ops::{Room, room};
 use tilewright::report::table::{Table, number};
 use tilewright::{Error, Result};
 
 /// How often the folder is looked at.
 const LOOK: Duration = Duration::from_millis(80);
 
-/// `op` or `op(params)`.
+/// `op` or `op(params)`: the first of its cases.
 pub fn parse_case(text: &str) -> Result<(&'static Room, Option<String>)> {
-    match text.split_once('(') {
-        None => Ok((room(text)?, None)),
-        Some((op, rest)) => {
-            let params = rest.strip_suffix(')').ok_or_else(|| {
-                Error::input(format!(
-                    "`{text}` has no closing bracket; a case is op(key=value,...)"
-                ))
-            })?;
-            Ok((room(op)?, Some(params.to_string())))
-        }
-    }
+    let c = case(text)?;
+    Ok((c.room, c.params.and_then(|p| p.into_iter().next())))
 }
 
 /// A case that is large enough to say something and small enough for a second: the middle one by elements.
