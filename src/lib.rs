@@ -9,6 +9,7 @@ pub mod bench;
 pub mod data;
 mod download;
 pub mod error;
+pub mod experiment;
 pub mod graph;
 pub mod models;
 pub mod ops;

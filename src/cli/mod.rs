@@ -11,6 +11,7 @@ mod check;
 mod data;
 mod devices;
 mod eval;
+mod experiment;
 mod failure;
 mod global;
 mod kernels;
@@ -84,6 +85,8 @@ enum Command {
     Eval(eval::Eval),
     /// Train from scratch or from weights; several models side by side in one report
     Train(Box<train::Train>),
+    /// A whole comparison: a matrix of runs, and a page about them
+    Experiment(Box<experiment::ExperimentCommand>),
     /// Tensors through a model: logits or features, and taps
     Forward(tensors::Forward),
     /// Loss and every gradient for labelled tensors
@@ -116,6 +119,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Predict(c) => c.run(g),
         Command::Eval(c) => c.run(g),
         Command::Train(c) => c.run(g),
+        Command::Experiment(c) => c.run(g),
         Command::Forward(c) => c.run(g),
         Command::Grad(c) => c.run(g),
         Command::Kernels(c) => c.run(g),

@@ -266,7 +266,8 @@ fn folder(model: &str) -> String {
     model.chars().map(plain).collect()
 }
 
-fn command_line() -> String {
+/// The command that was given, for reports.
+pub fn command_line() -> String {
     let quoted = |a: String| if a.contains(' ') { format!("'{a}'") } else { a };
     std::iter::once("tilewright".to_string())
         .chain(std::env::args().skip(1).map(quoted))

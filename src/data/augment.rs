@@ -8,6 +8,7 @@ use crate::{Error, Result};
 
 /// What may happen to a sample, in this order: padded crop, flip, then rotation and translation.
 #[derive(Debug, Clone, Copy, PartialEq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(default)]
 pub struct Augment {
     /// Mirror left and right, with probability one half (`RandomHorizontalFlip`).
     pub hflip: bool,

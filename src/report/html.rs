@@ -3,11 +3,13 @@
 
 mod bench;
 mod compare;
+mod document;
 mod page;
 mod sample;
 
 pub use bench::{BenchPage, BenchSection};
 pub use compare::CompareReport;
+pub use document::{Block, Document};
 pub use page::escape;
 pub use sample::Sample;
 

@@ -8,10 +8,12 @@ pub mod bench;
 mod classes;
 mod curves;
 mod layers;
+mod settings;
 
 pub use classes::{class_f1, confusion};
 pub use curves::{learning_curves, learning_rate};
 pub use layers::{LayerSeries, heat_map, over_depth};
+pub use settings::{Setting, against, dots};
 
 use super::html::escape;
 use super::runlog::EpochRow;

@@ -1,5 +1,6 @@
 //! Values over layers: points per layer with their mean, and heat maps of layers against layers.
 
+use super::settings::nice;
 use super::*;
 use plotters::style::colors::colormaps::ViridisRGB;
 
@@ -148,17 +149,6 @@ pub fn over_depth(title: &str, y_title: &str, series: &[LayerSeries]) -> Result<
         ))
         .map_err(failed)
     })
-}
-
-/// 1, 2 or 5 times a power of ten, at least `v`.
-fn nice(v: f64) -> f64 {
-    let power = 10f64.powf(v.log10().floor());
-    let lead = v / power;
-    power
-        * [1.0, 2.0, 5.0, 10.0]
-            .into_iter()
-            .find(|&l| lead <= l + 1e-9)
-            .unwrap_or(10.0)
 }
 
 /// A matrix of values between 0 and 1 in viridis, first row at the bottom, with the names of the rows and columns; NaN
