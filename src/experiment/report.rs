@@ -314,6 +314,7 @@ pub fn page(
     let accuracy = plot::dots(
         "Accuracy of each setting",
         "top-1 on the test images (%)",
+        (0.0, 100.0),
         &settings,
     )?;
     plots.push(("accuracy".to_string(), accuracy.clone()));

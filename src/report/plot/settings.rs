@@ -23,19 +23,21 @@ pub(super) fn nice(v: f64) -> f64 {
     power * [1.0, 2.0, 5.0].into_iter().find(fits).unwrap_or(10.0)
 }
 
-/// A point with whiskers in a row for each setting, in the order given.
+/// A point with whiskers in a row for each setting, in the order given. Values lie within `bounds`: whiskers end there.
 ///
 /// # Errors
 /// [`Error::Input`] where no value is finite.
-pub fn dots(title: &str, x_title: &str, settings: &[Setting]) -> Result<Svg> {
+pub fn dots(title: &str, x_title: &str, bounds: (f64, f64), settings: &[Setting]) -> Result<Svg> {
     const ROW: f64 = 24.0;
     let half = |s: &Setting| if s.half.is_finite() { s.half } else { 0.0 };
+    let ends = |s: &Setting| {
+        let clamped = |v: f64| v.clamp(bounds.0, bounds.1);
+        (clamped(s.mean - half(s)), clamped(s.mean + half(s)))
+    };
     let finite = || settings.iter().filter(|s| s.mean.is_finite());
-    let low = finite()
-        .map(|s| s.mean - half(s))
-        .fold(f64::INFINITY, f64::min);
+    let low = finite().map(|s| ends(s).0).fold(f64::INFINITY, f64::min);
     let high = finite()
-        .map(|s| s.mean + half(s))
+        .map(|s| ends(s).1)
         .fold(f64::NEG_INFINITY, f64::max);
     if low > high {
         return Err(Error::input(format!("{title}: no values to draw")));
@@ -82,7 +84,7 @@ pub fn dots(title: &str, x_title: &str, settings: &[Setting]) -> Result<Svg> {
                 continue;
             }
             let colour = rgb(s.family.colour(0));
-            let (from, to) = (at(s.mean - half(s)), at(s.mean + half(s)));
+            let (from, to) = (at(ends(s).0), at(ends(s).1));
             let line = vec![(z(from), z(y)), (z(to), z(y))];
             root.draw(&PathElement::new(
                 line,
@@ -243,10 +245,12 @@ mod tests {
             one("b", 81.5, f64::NAN),
             one("c", f64::NAN, 0.0),
         ];
-        let svg = dots("t", "top-1 (%)", &all).unwrap().standalone();
+        let svg = dots("t", "top-1 (%)", (0.0, 100.0), &all)
+            .unwrap()
+            .standalone();
         assert_eq!(svg.matches("<circle").count(), 2);
         assert!(svg.contains("a &lt;1&gt;"));
-        assert!(dots("t", "", &all[2..]).is_err());
+        assert!(dots("t", "", (0.0, 1.0), &all[2..]).is_err());
         let points: Vec<(Setting, f64)> = all.iter().map(|s| (s.clone(), 1e6)).collect();
         let svg = against("t", ("parameters", "top-1 (%)"), &points)
             .unwrap()
