@@ -1,0 +1,111 @@
+//! Every built-in experiment's small setting, on real images, from the command line.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+fn run(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_tilewright"))
+        .args(args)
+        .output()
+        .unwrap()
+}
+
+fn experiment(name: &str, dir: &Path, more: &[&str]) -> serde_json::Value {
+    let dir = dir.to_str().unwrap();
+    let args = [
+        "experiment",
+        name,
+        "--small",
+        "-o",
+        dir,
+        "--json",
+        "--backend",
+        "cpu",
+    ];
+    let o = run(&[&args[..], more].concat());
+    let err = String::from_utf8_lossy(&o.stderr);
+    assert_eq!(o.status.code(), Some(0), "{name}: {err}");
+    serde_json::from_slice(&o.stdout).unwrap()
+}
+
+#[test]
+fn every_small_setting_gives_a_whole_report() {
+    for (name, title) in tilewright::experiment::matrix::presets() {
+        let dir = tempfile::tempdir().unwrap();
+        let result = experiment(&name, dir.path(), &["--set", "limit_train=400"]);
+        let runs = result["runs"].as_array().unwrap();
+        assert!(runs.len() >= 3, "{name}");
+        for r in runs {
+            let top1 = r["top1"].as_f64().unwrap();
+            assert!((0.0..=100.0).contains(&top1), "{name}: {r}");
+        }
+        let page = std::fs::read_to_string(dir.path().join("report.html")).unwrap();
+        for part in [
+            &title,
+            "Summary",
+            "Learning curves",
+            "Confusion matrices",
+            "Reproduce",
+        ] {
+            assert!(page.contains(part), "{name}: no {part}");
+        }
+        assert!(page.len() < 5_000_000);
+        let csv = std::fs::read_to_string(dir.path().join("results.csv")).unwrap();
+        assert_eq!(csv.lines().count(), runs.len() + 1);
+        assert!(csv.starts_with(
+            "model,setting,data,seed,top1,top1_err,top5,top5_err,param_count,img_size"
+        ));
+    }
+}
+
+#[test]
+fn what_is_done_is_kept_shards_add_up_and_a_changed_setting_is_refused() {
+    let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let quick = ["--set", "epochs=1", "--set", "limit_train=200"];
+    let half = experiment(
+        "three-datasets",
+        one.path(),
+        &[&quick[..], &["--shard", "1/2"]].concat(),
+    );
+    assert_eq!(half["missing"].as_array().unwrap().len(), 2);
+    experiment(
+        "three-datasets",
+        two.path(),
+        &[&quick[..], &["--shard", "2/2"]].concat(),
+    );
+    let merge = ["--merge", two.path().to_str().unwrap()];
+    let whole = experiment("three-datasets", one.path(), &[&quick[..], &merge].concat());
+    assert_eq!(whole["runs"].as_array().unwrap().len(), 4);
+    assert!(whole["missing"].as_array().unwrap().is_empty());
+
+    let result = one.path().join("CNN_data=digits-seed0/result.json");
+    let before = std::fs::metadata(&result).unwrap().modified().unwrap();
+    experiment(
+        "three-datasets",
+        one.path(),
+        &[&quick[..], &["--shard", "1/2"]].concat(),
+    );
+    assert_eq!(
+        std::fs::metadata(&result).unwrap().modified().unwrap(),
+        before
+    );
+
+    let dir = one.path().to_str().unwrap();
+    let o = run(&[
+        "experiment",
+        "three-datasets",
+        "--small",
+        "-o",
+        dir,
+        "--set",
+        "epochs=3",
+    ]);
+    assert_eq!(o.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&o.stderr).contains("another configuration"));
+    let o = run(&["experiment", "no-such-thing"]);
+    assert_eq!(o.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&o.stderr).contains("three-datasets"));
+    let o = run(&["experiment", "imbalance", "--small", "--set", "epoch=3"]);
+    assert_eq!(o.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&o.stderr).contains("epochs"));
+}
