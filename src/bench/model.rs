@@ -123,6 +123,8 @@ impl Step {
                 init: None,
                 fill: [0.0; 3],
                 class_weights: None,
+                thinned: None,
+                head_alone: false,
             },
         )?;
         if let Some(rng) = p.rng {
@@ -134,7 +136,7 @@ impl Step {
             exec: p.exec,
             direction,
             data: vec![(p.input, images), (p.update.hyper, hyper)],
-            labels: Some((p.labels, labels.collect())),
+            labels: p.targets.labels.map(|t| (t, labels.collect())),
             result: p.loss,
             image,
             classes,

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Instant;
 use tilewright::backend::Backend;
 use tilewright::data::{
-    self, Batch, Images, Loader, LoaderOptions, OpenOptions, PrepareOptions, Preprocess, Sets,
+    self, Batch, Feed, Images, Loader, LoaderOptions, OpenOptions, PrepareOptions, Preprocess, Sets,
 };
 use tilewright::models::session::Session;
 use tilewright::models::{ModelOptions, info::info};

@@ -90,10 +90,13 @@ impl Global {
     /// # Errors
     /// The named backend has no device here, or `--shaders` is given to one that has no shaders.
     pub fn open_backend(&self) -> Result<Box<dyn Backend>> {
-        match &self.backend {
-            Some(name) => self.open(name),
-            None => self.open(default_backend()),
-        }
+        self.open(&self.backend_name())
+    }
+
+    /// Name of the backend that `--backend` names, or of the best one present.
+    pub fn backend_name(&self) -> String {
+        let best = || default_backend().to_string();
+        self.backend.clone().unwrap_or_else(best)
     }
 
     /// The backend called `name`, with the other global flags.
@@ -146,6 +149,22 @@ impl Global {
             return Ok(Box::new(Cpu::new()));
         }
         backend::open(name)
+    }
+
+    /// The backend `name` as a run's configuration wants it: in its `precision` where no flag gives another.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open), or the precision is none.
+    pub fn open_with(&self, name: &str, precision: &str) -> Result<Box<dyn Backend>> {
+        let wanted = match self.precision {
+            Some(p) => p,
+            None => precision.parse()?,
+        };
+        Global {
+            precision: Some(wanted),
+            ..self.clone()
+        }
+        .open(name)
     }
 
     /// A folder of kernels for a backend that is not the one in use.

@@ -27,7 +27,8 @@ fn family(f: Family) -> &'static str {
 #[derive(Args)]
 #[command(after_help = "Example:\n  tilewright models
 
-A ViT of any size is written as a spec: vit:patch=4,dim=256,depth=8,heads=2,mlp=2 (also classes=, image=).")]
+A ViT of any size is written as a spec: vit:patch=4,dim=256,depth=8,heads=2,mlp=2 (also classes=, img=).
+One with fewer blocks: resnet50:stages=3, vit_base_patch16_224:depth=8.")]
 pub struct Models {}
 
 impl Models {

@@ -9,7 +9,9 @@ use tilewright::report::html::{CompareReport, RunReport};
 use tilewright::report::write_atomic;
 use tilewright::train::TrainConfig;
 use tilewright::train::config::{OptimizerName, Schedule};
+use tilewright::train::dry::plan;
 use tilewright::train::run::{RunPlace, train};
+use tilewright::train::setup::model_name;
 use tilewright::{Error, Result};
 
 /// Trains a model, from scratch or from weights, into a run directory.
@@ -39,6 +41,9 @@ pub struct Train {
     /// Go on with the run in this directory, with its own configuration
     #[arg(long, value_name = "DIR", conflicts_with_all = ["config", "model", "data", "output"])]
     resume: Option<PathBuf>,
+    /// Resolve and plan the run, print what it would be, and do nothing
+    #[arg(long, conflicts_with = "resume")]
+    dry_run: bool,
     #[command(flatten)]
     settings: Settings,
 }
@@ -67,6 +72,9 @@ struct Settings {
     /// Epochs of linear warm-up
     #[arg(long, value_name = "N", help_heading = "Schedule")]
     warmup_epochs: Option<f64>,
+    /// Epochs without a better top-1 after which the run ends
+    #[arg(long, value_name = "N", help_heading = "Schedule")]
+    patience: Option<u64>,
     /// Update rule
     #[arg(long, value_name = "NAME", help_heading = "Optimizer")]
     optimizer: Option<OptimizerName>,
@@ -76,6 +84,15 @@ struct Settings {
     /// Of SGD
     #[arg(long, value_name = "X", help_heading = "Optimizer")]
     momentum: Option<f64>,
+    /// The rate of each block is this times that of the block after it (0.75 in BEiT)
+    #[arg(long, value_name = "X", help_heading = "Optimizer")]
+    layer_decay: Option<f64>,
+    /// Factor on the rate of the parameters whose names begin so; may be given several times
+    #[arg(long, value_name = "LAYER=FACTOR", value_parser = factor, help_heading = "Optimizer")]
+    lr_scale: Vec<(String, f64)>,
+    /// Decay of the moving average of the weights, which is evaluated and saved in their place
+    #[arg(long, value_name = "X", help_heading = "Optimizer")]
+    ema: Option<f64>,
     /// Largest global norm of the gradient; 0: no clipping
     #[arg(long, value_name = "NORM", help_heading = "Optimizer")]
     clip: Option<f64>,
@@ -88,6 +105,21 @@ struct Settings {
     /// Weigh classes by the inverse of their frequency
     #[arg(long, help_heading = "Loss")]
     class_weights: bool,
+    /// Weights of a teacher, whose predictions are learnt beside the labels
+    #[arg(long, value_name = "FILE", help_heading = "Loss")]
+    teacher: Option<PathBuf>,
+    /// The teacher's model [default: what its weights tell]
+    #[arg(long, value_name = "MODEL", help_heading = "Loss")]
+    teacher_model: Option<String>,
+    /// Share of the teacher in the loss
+    #[arg(long, value_name = "X", help_heading = "Loss")]
+    distill_alpha: Option<f32>,
+    /// Temperature of both softmaxes
+    #[arg(long, value_name = "T", help_heading = "Loss")]
+    distill_temperature: Option<f32>,
+    /// Learn the teacher's most probable class, in place of its probabilities
+    #[arg(long, help_heading = "Loss")]
+    distill_hard: bool,
     /// Dropout, in models that have it
     #[arg(long, value_name = "P", help_heading = "Model")]
     dropout: Option<f32>,
@@ -106,6 +138,21 @@ struct Settings {
     /// Train the classifier alone
     #[arg(long, help_heading = "Model")]
     freeze_backbone: bool,
+    /// Train from this layer on and nothing before it: blocks.8, layer4
+    #[arg(long, value_name = "LAYER", help_heading = "Model")]
+    unfreeze_from: Option<String>,
+    /// Cut off so many of a ResNet's last stages
+    #[arg(long, value_name = "N", help_heading = "Model")]
+    drop_stages: Option<usize>,
+    /// Cut off so many of a ViT's last blocks
+    #[arg(long, value_name = "N", help_heading = "Model")]
+    drop_blocks: Option<usize>,
+    /// Keep these blocks of a ViT: 0-3,8-11
+    #[arg(long, value_name = "LIST", help_heading = "Model")]
+    keep_blocks: Option<String>,
+    /// Compute the inside of each block again in the backward pass: less memory, more time
+    #[arg(long, help_heading = "Model")]
+    recompute: bool,
     /// Mirror half of the images
     #[arg(long, help_heading = "Augmentation")]
     flip: bool,
@@ -118,6 +165,30 @@ struct Settings {
     /// Shift by up to this share of the size either way
     #[arg(long, value_name = "SHARE", help_heading = "Augmentation")]
     translate: Option<f32>,
+    /// Cut out this share of the image or more, stretched to the size (random resized crop)
+    #[arg(long, value_name = "SHARE", help_heading = "Augmentation")]
+    crop_scale: Option<f32>,
+    /// Brightness, contrast, saturation by up to 1 +- so much, and hue by up to so much of the circle
+    #[arg(long, value_name = "B,C,S,H", value_parser = jitter, help_heading = "Augmentation")]
+    colour_jitter: Option<Jitter>,
+    /// RandAugment: operations a sample, and their strength from 0 to 30
+    #[arg(long, value_name = "OPS,STRENGTH", value_parser = rand_augment, help_heading = "Augmentation")]
+    rand_augment: Option<RandAugment>,
+    /// Probability that a rectangle is erased
+    #[arg(long, value_name = "P", help_heading = "Augmentation")]
+    erase: Option<f32>,
+    /// Parameter of mixup's beta distribution
+    #[arg(long, value_name = "ALPHA", help_heading = "Augmentation")]
+    mixup: Option<f32>,
+    /// Parameter of CutMix's beta distribution
+    #[arg(long, value_name = "ALPHA", help_heading = "Augmentation")]
+    cutmix: Option<f32>,
+    /// Each image comes this often in an epoch, under other augmentation each time
+    #[arg(long, value_name = "N", help_heading = "Augmentation")]
+    repeats: Option<u32>,
+    /// Evaluate the mean of each image and its mirror image
+    #[arg(long, help_heading = "Augmentation")]
+    test_flip: bool,
     /// Part of each class: 100 images or 10%
     #[arg(long, value_name = "N|P%", help_heading = "Data")]
     subset: Option<String>,
@@ -136,6 +207,42 @@ struct Settings {
     /// Half of the classes keep this share
     #[arg(long, value_name = "RATIO", help_heading = "Data")]
     step_imbalance: Option<f64>,
+    /// Draw classes equally often
+    #[arg(long, help_heading = "Data")]
+    balanced: bool,
+}
+
+/// Strengths of colour jitter, as a type of its own so that the flag parser does not take it for a list.
+#[derive(Clone, Copy, Debug)]
+struct Jitter([f32; 4]);
+
+/// Operations and strength.
+#[derive(Clone, Copy, Debug)]
+struct RandAugment(u32, f32);
+
+fn jitter(text: &str) -> Result<Jitter, String> {
+    let numbers: Result<Vec<f32>, _> = text.split(',').map(|p| p.trim().parse()).collect();
+    match numbers.as_deref() {
+        Ok(&[b, c, s, h]) => Ok(Jitter([b, c, s, h])),
+        Ok(&[b, c, s]) => Ok(Jitter([b, c, s, 0.0])),
+        Ok(&[v]) => Ok(Jitter([v, v, v, 0.0])),
+        _ => Err("give brightness, contrast, saturation and hue, as 0.4,0.4,0.4,0.1".into()),
+    }
+}
+
+fn rand_augment(text: &str) -> Result<RandAugment, String> {
+    let numbers = text.split_once(',').unwrap_or((text, "9"));
+    match (numbers.0.trim().parse(), numbers.1.trim().parse()) {
+        (Ok(ops), Ok(strength)) => Ok(RandAugment(ops, strength)),
+        _ => Err("give the number of operations and their strength, as 2,9".into()),
+    }
+}
+
+fn factor(text: &str) -> Result<(String, f64), String> {
+    let parts = text.split_once('=');
+    parts
+        .and_then(|(name, v)| Some((name.to_string(), v.parse().ok()?)))
+        .ok_or_else(|| "give a layer and a factor, as head=10".into())
 }
 
 impl Settings {
@@ -166,7 +273,37 @@ impl Settings {
             limit_train,
             limit_test
         );
-        take!(val_share, long_tail, step_imbalance);
+        take!(
+            val_share,
+            long_tail,
+            step_imbalance,
+            patience,
+            layer_decay,
+            ema
+        );
+        take!(mixup, cutmix, repeats, teacher_model, distill_alpha);
+        take!(
+            distill_temperature,
+            unfreeze_from,
+            drop_stages,
+            drop_blocks,
+            keep_blocks
+        );
+        c.lr_scale.extend(self.lr_scale);
+        c.teacher = self.teacher.or(c.teacher.take());
+        c.distill_hard |= self.distill_hard;
+        c.recompute |= self.recompute;
+        c.test_flip |= self.test_flip;
+        c.balanced |= self.balanced;
+        c.augment.crop_scale = self.crop_scale.unwrap_or(c.augment.crop_scale);
+        c.augment.erase = self.erase.unwrap_or(c.augment.erase);
+        if let Some(Jitter([b, t, s, h])) = self.colour_jitter {
+            let a = &mut c.augment;
+            (a.brightness, a.contrast, a.saturation, a.hue) = (b, t, s, h);
+        }
+        if let Some(RandAugment(ops, strength)) = self.rand_augment {
+            (c.augment.rand_ops, c.augment.rand_magnitude) = (ops, strength);
+        }
         c.init = self.init.or(c.init.take());
         c.class_weights |= self.class_weights;
         c.replace_head |= self.replace_head;
@@ -187,7 +324,7 @@ impl Train {
             let mut config = TrainConfig::read(&dir.join("config.toml"))?;
             let epochs = self.settings.epochs;
             config.epochs = epochs.unwrap_or(config.epochs);
-            let backend = g.open(&config.backend)?;
+            let backend = g.open_with(&config.backend, &config.precision)?;
             let place = RunPlace {
                 dir: dir.clone(),
                 resume: true,
@@ -208,19 +345,23 @@ impl Train {
         if let Some(d) = self.data {
             config.data = d;
         }
+        if self.dry_run {
+            return dry_run(g, config, &self.model);
+        }
         let backend = match (&g.backend, &self.config) {
-            (None, Some(_)) => g.open(&config.backend)?,
-            _ => g.open_backend()?,
+            (None, Some(_)) => g.open_with(&config.backend, &config.precision)?,
+            _ => g.open_with(&g.backend_name(), &config.precision)?,
         };
         config.backend = g
             .backend
             .clone()
             .unwrap_or_else(|| backend.name().to_string());
+        config.precision = backend.precision().to_string();
         if g.seed != 0 {
             config.seed = g.seed;
         }
         let models = if self.model.is_empty() {
-            vec![config.model.clone()]
+            vec![model_name(&config)?]
         } else {
             self.model
         };
@@ -252,6 +393,26 @@ impl Train {
         }
         show(g, &root, &reports, (models.len() > 1).then_some(&command))
     }
+}
+
+/// Prints what each run would be.
+fn dry_run(g: &Global, config: TrainConfig, models: &[String]) -> Result<ExitCode> {
+    let named = models.iter().map(|m| TrainConfig {
+        model: m.clone(),
+        ..config.clone()
+    });
+    let all = match models {
+        [] => vec![config.clone()],
+        _ => named.collect(),
+    };
+    for config in &all {
+        let plan = plan(config)?;
+        match g.json {
+            true => json(&plan.config)?,
+            false => print(&plan.to_text()?)?,
+        }
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 /// A model's name as a folder's.

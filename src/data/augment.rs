@@ -1,12 +1,15 @@
-//! Geometry of a training sample: flip, padded crop, rotation and translation as one affine map.
+//! What happens to a training sample: its geometry as one affine map, changes of colour, an erased rectangle.
 //!
-//! The pixels are resampled on the device; here only the six numbers of each map are drawn. They depend on (seed,
-//! epoch, sample) alone: not on the batch size, the threads, or where a run was resumed.
+//! The pixels are resampled elsewhere; here the numbers are drawn. They depend on (seed, epoch, sample) alone: not on
+//! the batch size, the threads, or where a run was resumed.
 
+use super::colour::Colour;
 use super::random::{Use, stream};
+use crate::philox::Philox;
 use crate::{Error, Result};
 
-/// What may happen to a sample, in this order: padded crop, flip, then rotation and translation.
+/// What may happen to a sample, in this order: random resized crop, padded crop, flip, rotation and translation,
+/// RandAugment's geometry; colour jitter and RandAugment's changes of colour; random erasing.
 #[derive(Debug, Clone, Copy, PartialEq, Default, serde::Serialize, serde::Deserialize)]
 #[serde(default)]
 pub struct Augment {
@@ -18,6 +21,34 @@ pub struct Augment {
     pub rotate_degrees: f32,
     /// Shift by up to this share of the size either way, in whole pixels (`RandomAffine(translate)`).
     pub translate: f32,
+    /// Cut out a rectangle of this share of the area or more, of 3:4 to 4:3, and stretch it to the size
+    /// (`RandomResizedCrop(scale=(crop_scale, 1))`; cut from the image at the network's size); 0: none.
+    pub crop_scale: f32,
+    /// Brightness by a factor of up to 1 +- this (`ColorJitter`).
+    pub brightness: f32,
+    /// Contrast by a factor of up to 1 +- this.
+    pub contrast: f32,
+    /// Saturation by a factor of up to 1 +- this.
+    pub saturation: f32,
+    /// Hue by up to this share of the circle either way.
+    pub hue: f32,
+    /// Operations of RandAugment a sample (Cubuk et al. 2020; torchvision's fourteen); 0: none.
+    pub rand_ops: u32,
+    /// Their strength, 0 to 30.
+    pub rand_magnitude: f32,
+    /// Probability that a rectangle of 2 to 33 % of the area is erased (Zhong et al. 2020; `RandomErasing`).
+    pub erase: f32,
+}
+
+/// What happens to one sample.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Drawn {
+    /// Where each output pixel lies in the input.
+    pub map: Affine,
+    /// Changes of colour, in order.
+    pub colours: Vec<Colour>,
+    /// Left, top, width and height of a rectangle to erase.
+    pub erase: Option<[u32; 4]>,
 }
 
 /// An output pixel's place in the input: `x_in = m[0] x + m[1] y + m[2]`, `y_in = m[3] x + m[4] y + m[5]`, where the
@@ -28,10 +59,29 @@ pub type Affine = [f32; 6];
 pub const IDENTITY: Affine = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0];
 
 impl Augment {
-    /// Whether every map is the identity.
+    /// Whether nothing ever happens.
     #[must_use]
     pub fn is_none(&self) -> bool {
-        !self.hflip && self.crop_pad == 0 && self.rotate_degrees == 0.0 && self.translate == 0.0
+        let off = Augment {
+            rand_magnitude: self.rand_magnitude,
+            ..Augment::default()
+        };
+        *self == off
+    }
+
+    /// Whether pixels are moved.
+    #[must_use]
+    pub fn moves(&self) -> bool {
+        let colours = Augment {
+            brightness: self.brightness,
+            contrast: self.contrast,
+            saturation: self.saturation,
+            hue: self.hue,
+            rand_magnitude: self.rand_magnitude,
+            erase: self.erase,
+            ..Augment::default()
+        };
+        *self != colours
     }
 
     /// # Errors
@@ -49,6 +99,25 @@ impl Augment {
                 self.translate
             )));
         }
+        for (name, v, most) in [
+            ("random resized crop", self.crop_scale, 1.0),
+            ("brightness", self.brightness, 10.0),
+            ("contrast", self.contrast, 10.0),
+            ("saturation", self.saturation, 10.0),
+            ("hue", self.hue, 0.5),
+            ("strength of RandAugment", self.rand_magnitude, 30.0),
+            ("random erasing", self.erase, 1.0),
+        ] {
+            if !(0.0..=most).contains(&v) {
+                return Err(Error::input(format!("{name} {v}: give 0 to {most}")));
+            }
+        }
+        if self.rand_ops > 14 {
+            return Err(Error::input(format!(
+                "{} operations of RandAugment: give 0 to 14",
+                self.rand_ops
+            )));
+        }
         if self.crop_pad > 4096 {
             return Err(Error::input(format!(
                 "crop padding {}: give up to 4096 pixels",
@@ -58,9 +127,9 @@ impl Augment {
         Ok(())
     }
 
-    /// The map of sample `sample` (its index in the data set) in `epoch`, for images of `size` pixels.
+    /// What happens to sample `sample` (its index in the data set) in `epoch`, for images of `size` pixels.
     #[must_use]
-    pub fn affine(&self, size: u32, seed: u64, epoch: u32, sample: u32) -> Affine {
+    pub fn draw(&self, size: u32, seed: u64, epoch: u32, sample: u32) -> Drawn {
         let mut random = stream(seed, Use::Augment, epoch, sample);
         // Every number is drawn whether or not it is used, so that switching one part off leaves the others as they are.
         let flip = random.below(2) == 1;
@@ -70,8 +139,144 @@ impl Augment {
         let reach = self.translate * size as f32;
         let shift = [random.uniform(), random.uniform()].map(|u| ((2.0 * u - 1.0) * reach).round());
         let crop = [dx, dy].map(|d| d as f32 - self.crop_pad as f32);
-        compose(size, self.hflip && flip, crop, degrees, shift)
+        let mut map = compose(size, self.hflip && flip, crop, degrees, shift);
+        if self.crop_scale > 0.0 {
+            map = after(&resized_crop(self.crop_scale, size, &mut random), &map);
+        }
+        let mut colours = self.jitter(&mut random);
+        for _ in 0..self.rand_ops {
+            let geometry = self.rand_augment(size, &mut random, &mut colours);
+            if let Some(g) = geometry {
+                map = after(&map, &g);
+            }
+        }
+        let erase = (self.erase > 0.0 && random.uniform() < self.erase)
+            .then(|| rectangle(size, &mut random))
+            .flatten();
+        Drawn {
+            map,
+            colours,
+            erase,
+        }
     }
+
+    /// Colour jitter, in a random order as torchvision does it.
+    fn jitter(&self, random: &mut Philox) -> Vec<Colour> {
+        let mut all = vec![];
+        let mut factor = |by: f32| {
+            let low = (1.0 - by).max(0.0);
+            low + (1.0 + by - low) * random.uniform()
+        };
+        if self.brightness > 0.0 {
+            all.push(Colour::Brightness(factor(self.brightness)));
+        }
+        if self.contrast > 0.0 {
+            all.push(Colour::Contrast(factor(self.contrast)));
+        }
+        if self.saturation > 0.0 {
+            all.push(Colour::Saturation(factor(self.saturation)));
+        }
+        if self.hue > 0.0 {
+            all.push(Colour::Hue((2.0 * random.uniform() - 1.0) * self.hue));
+        }
+        for i in (1..all.len()).rev() {
+            all.swap(i, random.below(i as u32 + 1) as usize);
+        }
+        all
+    }
+
+    /// One operation of RandAugment with torchvision's strengths: a map, or a change of colour.
+    fn rand_augment(
+        &self,
+        size: u32,
+        random: &mut Philox,
+        colours: &mut Vec<Colour>,
+    ) -> Option<Affine> {
+        let strength = self.rand_magnitude / 30.0;
+        let op = random.below(14);
+        let sign = if random.below(2) == 1 { -1.0 } else { 1.0 };
+        let side = size as f32;
+        let enhance = 1.0 + sign * 0.9 * strength;
+        let shear = sign * 0.3 * strength;
+        let shift = (sign * 150.0 / 331.0 * side * strength).trunc();
+        let colour = match op {
+            0 => return None,
+            1 => return Some([1.0, shear, 0.0, 0.0, 1.0, 0.0]),
+            2 => return Some([1.0, 0.0, 0.0, shear, 1.0, 0.0]),
+            3 => return Some([1.0, 0.0, -shift, 0.0, 1.0, 0.0]),
+            4 => return Some([1.0, 0.0, 0.0, 0.0, 1.0, -shift]),
+            5 => {
+                return Some(compose(
+                    size,
+                    false,
+                    [0.0; 2],
+                    sign * 30.0 * strength,
+                    [0.0; 2],
+                ));
+            }
+            6 => Colour::Brightness(enhance),
+            7 => Colour::Saturation(enhance),
+            8 => Colour::Contrast(enhance),
+            9 => Colour::Sharpness(enhance),
+            10 => Colour::Posterize(8 - (4.0 * strength).round() as u32),
+            11 => Colour::Solarize(255.0 * (1.0 - strength)),
+            12 => Colour::AutoContrast,
+            _ => Colour::Equalize,
+        };
+        colours.push(colour);
+        None
+    }
+}
+
+/// The map of `first` after that of `second`: where an output pixel of the second lies in the input of the first.
+fn after(first: &Affine, second: &Affine) -> Affine {
+    let [a, b] = [first, second].map(|m| m.map(f64::from));
+    let row = |r: usize| {
+        let (u, v, w) = (a[3 * r], a[3 * r + 1], a[3 * r + 2]);
+        [
+            u * b[0] + v * b[3],
+            u * b[1] + v * b[4],
+            u * b[2] + v * b[5] + w,
+        ]
+    };
+    let ([p, q, r], [s, t, u]) = (row(0), row(1));
+    [p, q, r, s, t, u].map(|v| v as f32)
+}
+
+/// A crop of `scale` to all of the area and an aspect of 3:4 to 4:3 (uniform in its logarithm), stretched to the size.
+/// Ten tries, then the whole image, as torchvision.
+fn resized_crop(scale: f32, size: u32, random: &mut Philox) -> Affine {
+    let side = f64::from(size);
+    for _ in 0..10 {
+        let share = f64::from(scale) + (1.0 - f64::from(scale)) * f64::from(random.uniform());
+        let ratio = ((2.0 * f64::from(random.uniform()) - 1.0) * (4f64 / 3.0).ln()).exp();
+        let w = (side * (share * ratio).sqrt()).round();
+        let h = (side * (share / ratio).sqrt()).round();
+        if (1.0..=side).contains(&w) && (1.0..=side).contains(&h) {
+            let left = f64::from(random.below((side - w) as u32 + 1));
+            let top = f64::from(random.below((side - h) as u32 + 1));
+            let (sx, sy) = (w / side, h / side);
+            // Pixel centres lie at whole numbers: corner to corner is from -1/2 to size - 1/2.
+            let (x, y) = (left + sx / 2.0 - 0.5, top + sy / 2.0 - 0.5);
+            return [sx, 0.0, x, 0.0, sy, y].map(|v| v as f32);
+        }
+    }
+    IDENTITY
+}
+
+/// A rectangle of 2 to 33 % of the area and an aspect of 0.3 to 3.3; ten tries, as torchvision.
+fn rectangle(size: u32, random: &mut Philox) -> Option<[u32; 4]> {
+    for _ in 0..10 {
+        let area = f64::from(size).powi(2) * (0.02 + 0.31 * f64::from(random.uniform()));
+        let (low, high) = (0.3f64.ln(), 3.3f64.ln());
+        let ratio = (low + (high - low) * f64::from(random.uniform())).exp();
+        let h = (area * ratio).sqrt().round() as u32;
+        let w = (area / ratio).sqrt().round() as u32;
+        if h < size && w < size && h * w > 0 {
+            return Some([random.below(size - w + 1), random.below(size - h + 1), w, h]);
+        }
+    }
+    None
 }
 
 /// Output to input: undo the shift, then the rotation about the centre, then the flip, then the crop.
@@ -153,17 +358,18 @@ mod tests {
             crop_pad: 4,
             rotate_degrees: 10.0,
             translate: 0.1,
+            ..Augment::default()
         };
-        assert_eq!(a.affine(32, 1, 2, 3), a.affine(32, 1, 2, 3));
-        assert_ne!(a.affine(32, 1, 2, 3), a.affine(32, 1, 2, 4));
-        assert_ne!(a.affine(32, 1, 2, 3), a.affine(32, 1, 3, 3));
-        assert_ne!(a.affine(32, 1, 2, 3), a.affine(32, 2, 2, 3));
+        assert_eq!(a.draw(32, 1, 2, 3), a.draw(32, 1, 2, 3));
+        assert_ne!(a.draw(32, 1, 2, 3), a.draw(32, 1, 2, 4));
+        assert_ne!(a.draw(32, 1, 2, 3), a.draw(32, 1, 3, 3));
+        assert_ne!(a.draw(32, 1, 2, 3), a.draw(32, 2, 2, 3));
         let flips = Augment {
             hflip: true,
             ..Augment::default()
         };
         let n = (0..1000)
-            .filter(|&i| flips.affine(32, 0, 0, i)[0] < 0.0)
+            .filter(|&i| flips.draw(32, 0, 0, i).map[0] < 0.0)
             .count();
         assert!((440..560).contains(&n), "{n} flips of 1000");
         let crops = Augment {
@@ -172,7 +378,7 @@ mod tests {
         };
         let mut seen = [false; 5];
         for i in 0..200 {
-            let m = crops.affine(32, 0, 0, i);
+            let m = crops.draw(32, 0, 0, i).map;
             assert_eq!(m[..2], [1.0, 0.0]);
             seen[(m[2] + 2.0) as usize] = true;
         }
@@ -186,5 +392,61 @@ mod tests {
             .is_err()
         );
         assert!(Augment::default().is_none());
+    }
+
+    #[test]
+    fn resized_crops_are_of_the_image_and_of_every_size() {
+        let mut random = Philox::new(1, 0);
+        let mut areas = vec![];
+        for _ in 0..500 {
+            let m = resized_crop(0.08, 32, &mut random);
+            // The corners of the output, at -1/2 and 31.5, lie within the image's.
+            for (x, y) in [(-0.5, -0.5), (31.5, 31.5)] {
+                let (u, v) = at(&m, x, y);
+                assert!(
+                    (-0.51..=31.51).contains(&u) && (-0.51..=31.51).contains(&v),
+                    "{m:?}"
+                );
+            }
+            areas.push(m[0] * m[4]);
+        }
+        let mean = areas.iter().sum::<f32>() / 500.0;
+        assert!((0.45..0.62).contains(&mean), "{mean}");
+        assert!(areas.iter().any(|&a| a < 0.15) && areas.iter().any(|&a| a > 0.9));
+    }
+
+    #[test]
+    fn maps_follow_each_other() {
+        let flip = compose(8, true, [0.0; 2], 0.0, [0.0; 2]);
+        let shift = [1.0, 0.0, -3.0, 0.0, 1.0, 0.0];
+        // Flipped, then shifted right by 3: column 4 shows column 1 of the flipped image, 6 of the first.
+        assert_eq!(at(&after(&flip, &shift), 4.0, 2.0), (6.0, 2.0));
+    }
+
+    #[test]
+    fn parts_are_drawn_as_often_as_asked() {
+        let a = Augment {
+            brightness: 0.4,
+            saturation: 0.2,
+            rand_ops: 2,
+            rand_magnitude: 9.0,
+            erase: 0.25,
+            ..Augment::default()
+        };
+        a.check().unwrap();
+        assert!(a.moves() && !Augment { rand_ops: 0, ..a }.moves());
+        let all: Vec<Drawn> = (0..2000).map(|i| a.draw(32, 3, 1, i)).collect();
+        let erased = all.iter().filter_map(|d| d.erase).collect::<Vec<_>>();
+        assert!((400..600).contains(&erased.len()), "{}", erased.len());
+        assert!(erased.iter().all(|[x, y, w, h]| x + w <= 32 && y + h <= 32));
+        let mean = erased.iter().map(|r| r[2] * r[3]).sum::<u32>() as f64 / erased.len() as f64;
+        assert!((0.14..0.2).contains(&(mean / 1024.0)), "{mean}");
+        // Eight of fourteen operations change colours, five move pixels.
+        let colours: usize = all.iter().map(|d| d.colours.len() - 2).sum();
+        assert!((2150..2450).contains(&colours), "{colours}");
+        let moved = all.iter().filter(|d| d.map != IDENTITY).count();
+        // 1 - (9/14)^2 of the samples.
+        assert!((1100..1250).contains(&moved), "{moved}");
+        assert!(Augment { hue: 0.7, ..a }.check().is_err());
     }
 }

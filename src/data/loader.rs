@@ -3,8 +3,10 @@
 //! What a batch holds depends on (seed, epoch, step) alone: any number of threads, and a run that is resumed in the
 //! middle of an epoch, give the same batches bit for bit.
 
-use super::augment::{Affine, Augment};
+use super::augment::{Affine, Augment, IDENTITY};
+use super::colour::Colour;
 use super::images::Images;
+use super::mix::Mix;
 use super::random::{Use, shuffle, stream};
 use crate::{Error, Result};
 use std::collections::BTreeMap;
@@ -22,8 +24,19 @@ pub struct LoaderOptions {
     pub drop_last: bool,
     /// Of the order and of the augmentation.
     pub seed: u64,
-    /// Draw an affine map for every sample.
+    /// Another order, where classes come equally often: as many draws with replacement as there are images
+    /// (`WeightedRandomSampler` by the inverse of the classes' counts).
+    pub balanced: bool,
+    /// Each image comes this often in an epoch, under another augmentation each time, and only one in so many images
+    /// comes at all (repeated augmentation, Hoffer et al. 2020).
+    pub repeats: u32,
+    /// Draw an affine map and changes of colour for every sample.
     pub augment: Option<Augment>,
+    /// Resample the images along their maps here, with this (normalised) colour beyond their edges; else the batch
+    /// holds the maps, for the device.
+    pub resample: Option<[f32; 3]>,
+    /// Mix pairs of samples; needs `resample` where the geometry is augmented.
+    pub mix: Option<Mix>,
     /// Threads that make batches; 0: one for images in memory, else as many as the machine has cores.
     pub threads: usize,
     /// Batches made ahead.
@@ -39,7 +52,11 @@ impl LoaderOptions {
             shuffle: true,
             drop_last: true,
             seed,
+            balanced: false,
+            repeats: 1,
             augment: None,
+            resample: None,
+            mix: None,
             threads: 0,
             ahead: 3,
         }
@@ -53,7 +70,11 @@ impl LoaderOptions {
             shuffle: false,
             drop_last: false,
             seed: 0,
+            balanced: false,
+            repeats: 1,
             augment: None,
+            resample: None,
+            mix: None,
             threads: 0,
             ahead: 3,
         }
@@ -76,8 +97,43 @@ pub struct Batch {
     pub labels: Vec<u32>,
     /// `[batch]`: index of each image in the data set's split (see [`super::Split::indices`]).
     pub indices: Vec<u32>,
-    /// `[batch]`: where each output pixel lies in the input; empty without augmentation.
+    /// `[batch]`: where each output pixel lies in the input; empty without augmentation, and where it is done already.
     pub affine: Vec<Affine>,
+    /// `[batch, classes]`: what each sample is made of, where samples are mixed; else empty. Zeros from `valid` on.
+    pub targets: Vec<f32>,
+}
+
+/// Positions of the view in the order of `epoch`.
+pub(crate) fn draw_order(options: &LoaderOptions, labels: &[u32], epoch: u32) -> Vec<u32> {
+    let n = labels.len();
+    let mut random = stream(options.seed, Use::Shuffle, epoch, 0);
+    let mut order: Vec<u32> = if options.balanced {
+        let mut classes: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
+        for (i, &l) in labels.iter().enumerate() {
+            classes.entry(l).or_default().push(i as u32);
+        }
+        let classes: Vec<Vec<u32>> = classes.into_values().collect();
+        let mut draw = || {
+            let class = &classes[random.below(classes.len() as u32) as usize];
+            class[random.below(class.len() as u32) as usize]
+        };
+        (0..n).map(|_| draw()).collect()
+    } else {
+        let mut order = (0..n as u32).collect::<Vec<_>>();
+        if options.shuffle {
+            shuffle(&mut order, &mut random);
+        }
+        order
+    };
+    let repeats = options.repeats.max(1) as usize;
+    if repeats > 1 {
+        order = order
+            .iter()
+            .flat_map(|&i| std::iter::repeat_n(i, repeats))
+            .take(n)
+            .collect();
+    }
+    order
 }
 
 #[derive(Default)]
@@ -99,8 +155,30 @@ struct Shared {
     options: LoaderOptions,
     steps: usize,
     levels: [[f32; 256]; 3],
+    labels: Vec<u32>,
     queue: Mutex<Queue>,
     changed: Condvar,
+}
+
+/// Batches in the order of a run: of images, or of features that were computed once.
+pub trait Feed {
+    /// Batches in an epoch.
+    fn steps_per_epoch(&self) -> usize;
+
+    /// Goes to a place in the run: the next batch is this one, and every later one as if none had been skipped.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where an epoch has fewer steps.
+    fn skip_to(&mut self, epoch: u32, step: usize) -> Result<()>;
+
+    /// The next batch of the epoch, or `None` at its end; the call after that begins the next epoch.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where too many images cannot be read.
+    fn next_batch(&mut self) -> Result<Option<Batch>>;
+
+    /// Gives a batch's buffers back for another one.
+    fn recycle(&mut self, batch: Batch);
 }
 
 /// Makes batches on threads of its own; dropping it ends them.
@@ -145,12 +223,14 @@ impl Loader {
             t => t.min(64),
         };
         let levels = images.preprocess().levels();
+        let labels = images.split().labels();
         let queue = Mutex::default();
         let shared = Arc::new(Shared {
             images,
             options,
             steps,
             levels,
+            labels,
             queue,
             changed: Condvar::new(),
         });
@@ -170,23 +250,19 @@ impl Loader {
         Ok(loader)
     }
 
-    /// Batches in an epoch.
-    #[must_use]
-    pub fn steps_per_epoch(&self) -> usize {
-        self.shared.steps
-    }
-
     /// What the batches are made of.
     #[must_use]
     pub fn images(&self) -> &Arc<Images> {
         &self.shared.images
     }
+}
 
-    /// Goes to a place in the run: the next batch is this one, and every later one as if none had been skipped.
-    ///
-    /// # Errors
-    /// [`Error::Input`] where an epoch has fewer steps.
-    pub fn skip_to(&mut self, epoch: u32, step: usize) -> Result<()> {
+impl Feed for Loader {
+    fn steps_per_epoch(&self) -> usize {
+        self.shared.steps
+    }
+
+    fn skip_to(&mut self, epoch: u32, step: usize) -> Result<()> {
         // A checkpoint written after an epoch's last step names step `steps`: the start of the next one.
         if step > self.shared.steps {
             return Err(Error::input(format!(
@@ -206,12 +282,7 @@ impl Loader {
         Ok(())
     }
 
-    /// The next batch of the epoch, or `None` at its end; the call after that begins the next epoch, whose first
-    /// batches are being made already.
-    ///
-    /// # Errors
-    /// [`Error::Input`] where too many images cannot be read.
-    pub fn next_batch(&mut self) -> Result<Option<Batch>> {
+    fn next_batch(&mut self) -> Result<Option<Batch>> {
         let mut queue = self.shared.lock();
         if queue.take.is_multiple_of(self.shared.steps as u64) && !self.ended {
             self.ended = true;
@@ -234,8 +305,7 @@ impl Loader {
         }
     }
 
-    /// Gives a batch's buffers back for another one.
-    pub fn recycle(&mut self, batch: Batch) {
+    fn recycle(&mut self, batch: Batch) {
         self.shared.lock().free.push(batch);
     }
 }
@@ -302,17 +372,10 @@ impl Shared {
         if let Some(order) = queue.orders.get(&epoch) {
             return order.clone();
         }
-        let mut order: Vec<u32> = (0..self.images.len() as u32).collect();
-        if self.options.shuffle {
-            shuffle(
-                &mut order,
-                &mut stream(self.options.seed, Use::Shuffle, epoch, 0),
-            );
-        }
         while queue.orders.len() >= 2 {
             queue.orders.pop_first();
         }
-        let order = Arc::new(order);
+        let order = Arc::new(draw_order(&self.options, &self.labels, epoch));
         queue.orders.insert(epoch, order.clone());
         order
     }
@@ -330,25 +393,58 @@ impl Shared {
         batch.labels.resize(n, 0);
         batch.indices.resize(n, 0);
         batch.affine.clear();
+        batch.targets.clear();
         batch.valid = 0;
         let from = batch.step * n;
-        for &position in &order[from..order.len().min(from + n)] {
+        let (seed, epoch) = (self.options.seed, batch.epoch);
+        for place in from..order.len().min(from + n) {
+            let position = order[place];
             let slot = batch.valid;
+            let index = self.images.split().indices()[position as usize];
+            let repetition = place as u32 % self.options.repeats.max(1);
+            let drawn = self
+                .options
+                .augment
+                .map(|a| a.draw(size, seed, epoch | repetition << 24, index));
             let out = &mut batch.images[slot * pixels..(slot + 1) * pixels];
             let made = self
                 .images
                 .with_square(position as usize, scratch, |square| {
+                    let mut coloured = vec![];
+                    let mut square = square;
+                    if let Some(d) = drawn.as_ref().filter(|d| !d.colours.is_empty()) {
+                        coloured.extend_from_slice(square);
+                        Colour::apply_all(&d.colours, &mut coloured, size as usize);
+                        square = &coloured;
+                    }
                     let (source, _) = square.as_chunks::<3>();
                     let (target, _) = out.as_chunks_mut::<3>();
                     for (o, s) in target.iter_mut().zip(source) {
                         *o = std::array::from_fn(|c| self.levels[c][usize::from(s[c])]);
                     }
                 })?;
-            if made.is_some() {
-                batch.labels[slot] = self.images.split().label(position as usize);
-                batch.indices[slot] = self.images.split().indices()[position as usize];
-                batch.valid += 1;
+            if made.is_none() {
+                continue;
             }
+            if let Some(d) = &drawn {
+                match self.options.resample {
+                    Some(fill) if d.map != IDENTITY => {
+                        let plain = out.to_vec();
+                        crate::ops::augment::resample(&plain, &fill, size as usize, &d.map, out);
+                    }
+                    Some(_) => {}
+                    None => batch.affine.push(d.map),
+                }
+                if let Some([left, top, w, h]) = d.erase {
+                    for y in top..top + h {
+                        let at = (y * size + left) as usize * 3;
+                        out[at..at + w as usize * 3].fill(0.0);
+                    }
+                }
+            }
+            batch.labels[slot] = self.labels[position as usize];
+            batch.indices[slot] = index;
+            batch.valid += 1;
         }
         if batch.valid == 0 {
             return Err(Error::input(format!(
@@ -363,15 +459,12 @@ impl Shared {
                 .copy_within(of * pixels..(of + 1) * pixels, slot * pixels);
             batch.labels[slot] = batch.labels[of];
             batch.indices[slot] = batch.indices[of];
+            if !batch.affine.is_empty() {
+                batch.affine.push(batch.affine[of]);
+            }
         }
-        if let Some(augment) = &self.options.augment {
-            let (seed, epoch) = (self.options.seed, batch.epoch);
-            batch.affine.extend(
-                batch
-                    .indices
-                    .iter()
-                    .map(|&i| augment.affine(size, seed, epoch, i)),
-            );
+        if let Some(mix) = &self.options.mix {
+            mix.apply(batch, size as usize, seed);
         }
         Ok(())
     }

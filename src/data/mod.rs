@@ -5,6 +5,7 @@
 
 mod augment;
 mod cifar;
+mod colour;
 mod decode;
 mod digits;
 mod fetch;
@@ -13,21 +14,26 @@ mod folder;
 mod fuzz;
 mod images;
 mod loader;
+mod mix;
 mod pickle;
 mod preprocess;
 mod random;
+mod rows;
 mod split;
 mod synthetic;
 #[cfg(test)]
 mod tests;
 mod verify;
 
-pub use augment::{Affine, Augment, IDENTITY};
+pub use augment::{Affine, Augment, Drawn, IDENTITY};
+pub use colour::Colour;
 pub use decode::{Rgb, decode, decode_file};
 pub use fetch::{MIRROR_VARIABLE, fetch};
 pub use images::{BadImage, Images, MaxBad, PrepareOptions};
-pub use loader::{Batch, Loader, LoaderOptions};
+pub use loader::{Batch, Feed, Loader, LoaderOptions};
+pub use mix::Mix;
 pub use preprocess::{IMAGENET_MEAN, IMAGENET_STD, Interpolation, Preprocess, ResizeMode};
+pub use rows::{RowLoader, Rows};
 pub use split::{PerClass, Split};
 pub use verify::{Listing, Report, list, verify};
 
@@ -262,6 +268,19 @@ pub fn open(spec: &str, options: OpenOptions) -> Result<Sets> {
 }
 
 impl Spec {
+    /// Classes and the side of the images where these are known without the data.
+    #[must_use]
+    pub fn known(&self) -> Option<(usize, Option<u32>)> {
+        match self {
+            Spec::Digits => Some((10, Some(digits::SIZE))),
+            Spec::Synthetic { classes, size } => Some((*classes as usize, Some(*size))),
+            Spec::Cifar10(_) => Some((10, Some(cifar::SIZE))),
+            Spec::Cifar100(_) => Some((100, Some(cifar::SIZE))),
+            Spec::TinyImagenet(_) => Some((200, Some(64))),
+            Spec::Folder(_) => None,
+        }
+    }
+
     fn cifar_kind(&self) -> cifar::Kind {
         if matches!(self, Spec::Cifar100(_)) {
             cifar::Kind::Hundred

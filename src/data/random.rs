@@ -13,6 +13,8 @@ pub(crate) enum Use {
     Split = 3,
     /// Synthetic images: (class, image).
     Synthetic = 4,
+    /// Mixing of the samples of a batch: (epoch, batch).
+    Mix = 5,
 }
 
 /// The stream for `purpose`, told apart by `a` and `b`.

@@ -2,6 +2,7 @@
 
 use super::random::{Use, shuffle, stream};
 use crate::{Error, Result};
+use sha2::{Digest, Sha256};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -142,6 +143,34 @@ impl Split {
     #[must_use]
     pub fn labels(&self) -> Vec<u32> {
         (0..self.len()).map(|i| self.label(i)).collect()
+    }
+
+    /// Labels of all images of the split that this is a view of, by index.
+    pub(crate) fn all_labels(&self) -> &[u32] {
+        &self.source.labels
+    }
+
+    /// Adds to `hash` what tells this view from others: the pixels, or the files with their sizes and times; labels; order.
+    pub(crate) fn identify(&self, hash: &mut Sha256) -> Result<()> {
+        hash.update(bytemuck::cast_slice(&self.indices[..]));
+        hash.update(bytemuck::cast_slice(&self.labels()[..]));
+        match &self.source.pixels {
+            Pixels::Memory { size, bytes } => {
+                let one = *size as usize * *size as usize * 3;
+                for &i in self.indices.iter() {
+                    hash.update(&bytes[i as usize * one..(i as usize + 1) * one]);
+                }
+            }
+            Pixels::Files(files) => {
+                for &i in self.indices.iter() {
+                    let path = &files[i as usize];
+                    let about = std::fs::metadata(path).map_err(|e| Error::reading(path, e))?;
+                    let time = about.modified().ok();
+                    hash.update(format!("{} {} {time:?}\n", path.display(), about.len()));
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Images of each class.

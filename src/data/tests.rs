@@ -313,6 +313,7 @@ fn loader_gives_every_image_once_in_a_seeded_order() {
         crop_pad: 1,
         rotate_degrees: 10.0,
         translate: 0.1,
+        ..Augment::default()
     };
     let options = LoaderOptions {
         augment: Some(augment),
@@ -351,7 +352,8 @@ fn loader_gives_every_image_once_in_a_seeded_order() {
     first.dedup();
     assert_eq!(first.len(), 22 * 64, "no image twice in an epoch");
     assert!(
-        one[5].affine.len() == 64 && one[5].affine[3] == augment.affine(8, 7, 0, one[5].indices[3])
+        one[5].affine.len() == 64
+            && one[5].affine[3] == augment.draw(8, 7, 0, one[5].indices[3]).map
     );
 
     // A jump, also back and to an epoch's end, gives what an unbroken run gave.
@@ -637,4 +639,83 @@ fn real_data_is_read() {
     assert_eq!((sets.test.label(0), &bytes[..3]), (3, &[158, 112, 49][..]));
     let counts = sets.test.counts();
     assert!(counts.iter().all(|c| (50..105).contains(c)), "{counts:?}");
+}
+
+#[test]
+fn balanced_draws_and_repeats() {
+    use super::loader::draw_order;
+    // 900 of class 0, 100 of class 1.
+    let labels: Vec<u32> = (0..1000).map(|i| u32::from(i % 10 == 0)).collect();
+    let balanced = LoaderOptions {
+        balanced: true,
+        ..LoaderOptions::train(10, 3)
+    };
+    let order = draw_order(&balanced, &labels, 0);
+    let ones = order.iter().filter(|&&i| labels[i as usize] == 1).count();
+    assert!(order.len() == 1000 && (440..560).contains(&ones), "{ones}");
+    assert_ne!(order, draw_order(&balanced, &labels, 1));
+    let repeated = LoaderOptions {
+        repeats: 3,
+        ..LoaderOptions::train(10, 3)
+    };
+    let order = draw_order(&repeated, &labels, 0);
+    assert!(order.chunks_exact(3).all(|c| c[0] == c[1] && c[1] == c[2]));
+    assert_eq!(order.len(), 1000);
+    // The copies of an image are augmented each in its own way.
+    let sets = open("digits", OpenOptions::default()).unwrap();
+    let images =
+        Images::prepare(&sets.train, sets.preprocess(8), PrepareOptions::default()).unwrap();
+    let augment = Augment {
+        rotate_degrees: 30.0,
+        ..Augment::default()
+    };
+    let options = LoaderOptions {
+        repeats: 2,
+        augment: Some(augment),
+        ..LoaderOptions::train(8, 1)
+    };
+    let batch = Loader::new(Arc::new(images), options).unwrap().next_batch();
+    let batch = batch.unwrap().unwrap();
+    assert_eq!(batch.indices[0], batch.indices[1]);
+    assert_ne!(batch.affine[0], batch.affine[1]);
+}
+
+/// The loader's own resampling is the device's.
+#[test]
+fn samples_are_moved_in_the_loader_as_on_the_device() {
+    let sets = open("digits", OpenOptions::default()).unwrap();
+    let images = Arc::new(
+        Images::prepare(&sets.train, sets.preprocess(8), PrepareOptions::default()).unwrap(),
+    );
+    let fill = images.preprocess().black();
+    let augment = Augment {
+        hflip: true,
+        crop_scale: 0.3,
+        ..Augment::default()
+    };
+    let options = LoaderOptions {
+        augment: Some(augment),
+        ..LoaderOptions::train(16, 2)
+    };
+    let batch = |options| {
+        let mut loader = Loader::new(images.clone(), options).unwrap();
+        loader.next_batch().unwrap().unwrap()
+    };
+    let (maps, moved) = (
+        batch(options),
+        batch(LoaderOptions {
+            resample: Some(fill),
+            ..options
+        }),
+    );
+    assert!(moved.affine.is_empty() && maps.affine.len() == 16);
+    for (i, map) in maps.affine.iter().enumerate() {
+        let (plain, got) = (
+            &maps.images[i * 192..][..192],
+            &moved.images[i * 192..][..192],
+        );
+        let mut want = vec![0.0; 192];
+        crate::ops::augment::resample(plain, &fill, 8, map, &mut want);
+        assert_eq!(got, want);
+    }
 }

@@ -6,6 +6,7 @@
 pub mod autodiff;
 pub mod fuse;
 pub mod plan;
+pub mod recompute;
 pub mod train;
 
 use crate::ops::Op;

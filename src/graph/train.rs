@@ -2,6 +2,7 @@
 //! and the update are a few launches however many layers there are.
 
 use super::{Graph, Kind, Phase, Spec, Tid};
+use crate::backend::Exec;
 use crate::ops::optim::{Accumulate, AdamW, Fill0, GradNorm, Sgd};
 use crate::{Error, Result};
 use std::collections::{BTreeMap, HashMap};
@@ -61,11 +62,22 @@ pub struct Slab {
     pub param: Tid,
     /// Their gradients.
     pub grad: Tid,
-    /// Optimizer state by name: `exp_avg`, `exp_avg_sq` or `momentum_buffer`, as torch.optim calls them.
+    /// Optimizer state by name: `exp_avg`, `exp_avg_sq` or `momentum_buffer`, as torch.optim calls them; `average`.
     pub state: Vec<(&'static str, Tid)>,
     /// Places in [`Graph::params`] with the first element of each.
     pub members: Vec<(usize, usize)>,
 }
+
+impl Slab {
+    /// The moving average of the values, where one is kept.
+    pub fn average(&self) -> Option<Tid> {
+        let state = self.state.iter().find(|(name, _)| *name == AVERAGE);
+        state.map(|&(_, t)| t)
+    }
+}
+
+/// Name of the moving average among a slab's state.
+const AVERAGE: &str = "average";
 
 /// The update that was added to a graph.
 #[derive(Clone, Debug)]
@@ -76,6 +88,8 @@ pub struct Update {
     pub norm: Option<Tid>,
     /// Slabs.
     pub slabs: Vec<Slab>,
+    /// Of the moving average, where one is kept: written before each update.
+    pub ema: Option<Tid>,
     spec: UpdateSpec,
 }
 
@@ -102,6 +116,57 @@ impl Update {
             0.0,
         ]
     }
+}
+
+impl Update {
+    /// The values of [`ema`](Self::ema) for update number `step` (from 1) with decay `decay`; the first updates have
+    /// less, `(1 + step) / (10 + step)`, so that the average leaves the start behind.
+    pub fn ema_values(decay: f64, step: u64) -> [f32; 8] {
+        let step = step as f64;
+        let decay = decay.min((1.0 + step) / (10.0 + step));
+        [-(1.0 - decay) as f32, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    }
+
+    /// Sets the moving averages to the parameters as they are.
+    ///
+    /// # Errors
+    /// The device is lost.
+    pub fn start_ema(&self, exec: &mut dyn Exec) -> Result<()> {
+        for slab in &self.slabs {
+            if let Some(average) = slab.average() {
+                let values = exec.read(slab.param)?;
+                exec.write(average, &values)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Adds a moving average of the parameters after `update`: `average += (1 - decay) (param - average)`, which is SGD with
+/// the parameters in the gradient's place, weight decay -1 and the rate `-(1 - decay)`.
+///
+/// # Errors
+/// None in practice.
+pub fn add_ema(graph: &mut Graph, update: &mut Update) -> Result<()> {
+    let hyper = graph.input("ema", Spec::f32([8]));
+    for slab in &mut update.slabs {
+        let len = graph.spec(slab.param).len();
+        let name = format!("slab:{AVERAGE}");
+        let average = graph.add_tensor(name, Spec::f32([len]), Kind::State);
+        slab.state.push((AVERAGE, average));
+        let op = Sgd {
+            lr_scale: 1.0,
+            weight_decay: -1.0,
+            momentum: 0.0,
+            nesterov: false,
+            clip: false,
+        };
+        graph.in_phase(Phase::Optimizer, |g| {
+            g.push(op, &[average, slab.param, hyper])
+        })?;
+    }
+    update.ema = Some(hyper);
+    Ok(())
 }
 
 /// Adds clipping, the update and gradient accumulation to `graph`, whose gradients are `grads`
@@ -151,6 +216,7 @@ pub fn add_update(
         hyper,
         norm,
         slabs,
+        ema: None,
         spec,
     })
 }

@@ -20,6 +20,8 @@ pub enum Shortcut {
 pub struct CifarResNet {
     /// Blocks in each of the three stages; the depth is `6 blocks + 2`.
     pub blocks: usize,
+    /// Stages, 3 in the paper; the last may be left out.
+    pub stages: usize,
     /// Shortcut where the shape changes.
     pub shortcut: Shortcut,
 }
@@ -28,6 +30,7 @@ pub(super) fn find(id: &str) -> Option<Model> {
     let net = match id {
         "cnn_r14" => CifarResNet {
             blocks: 2,
+            stages: 3,
             shortcut: Shortcut::Project,
         },
         _ => {
@@ -36,6 +39,7 @@ pub(super) fn find(id: &str) -> Option<Model> {
                 .find(|d| id == format!("resnet{d}"))?;
             CifarResNet {
                 blocks: (depth - 2) / 6,
+                stages: 3,
                 shortcut: Shortcut::Subsample,
             }
         }
@@ -65,7 +69,7 @@ impl CifarResNet {
         let x = self.conv_bn(g, x, ["conv1", "bn1"], (16, 3, 1), eps)?;
         let mut x = g.relu(x)?;
         g.tap("stem", x);
-        for stage in 0..3 {
+        for stage in 0..self.stages {
             let name = format!("layer{}", stage + 1);
             for i in 0..self.blocks {
                 let stride = if i == 0 && stage > 0 { 2 } else { 1 };

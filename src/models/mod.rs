@@ -8,11 +8,13 @@ pub mod cifar_resnet;
 pub mod cnn_whiten;
 pub mod forward;
 pub mod grad;
+pub mod head;
 pub mod info;
 pub mod init;
 pub mod resnet;
 pub mod session;
 pub mod swin;
+pub mod thin;
 pub mod vit;
 
 use crate::data::{IMAGENET_MEAN, IMAGENET_STD, Interpolation, Preprocess, ResizeMode};
@@ -356,13 +358,17 @@ pub fn list() -> Vec<Model> {
 }
 
 /// The model called `name`: an id, an alias, a Hugging Face or timm name (`facebook/dinov2-small`,
-/// `vit_small_patch14_dinov2.lvd142m`), or a spec string (`vit:patch=4,dim=256,depth=8,heads=2,mlp=2`).
+/// `vit_small_patch14_dinov2.lvd142m`), a spec string (`vit:patch=4,dim=256,depth=8,heads=2,mlp=2`), or
+/// one with fewer blocks (`resnet50:stages=3`, `vit_small_patch16_224:depth=8`).
 ///
 /// # Errors
 /// [`Error::Input`]: no model is called so (the nearest name is given), or a spec string has a wrong key or value.
 pub fn find(name: &str) -> Result<Model> {
     if let Some(spec) = name.strip_prefix("vit:") {
         return vit::from_spec(name, spec);
+    }
+    if let Some((whole, settings)) = name.split_once(':') {
+        return thin::with(find(whole)?, settings);
     }
     let plain = name.rsplit('/').next().unwrap_or(name);
     let plain = plain

@@ -21,7 +21,7 @@ pub enum Block {
 pub struct ResNet {
     /// Residual branch.
     pub block: Block,
-    /// Blocks in each of the four stages (of width 64, 128, 256, 512).
+    /// Blocks in each of the four stages (of width 64, 128, 256, 512); the last may be left out (0).
     pub depths: [usize; 4],
 }
 
@@ -60,7 +60,7 @@ impl ResNet {
         let x = g.relu(x)?;
         let mut x = g.scoped("maxpool", |g| g.max_pool(x, 3, 2, 1))?;
         g.tap("stem", x);
-        for (stage, &depth) in self.depths.iter().enumerate() {
+        for (stage, &depth) in self.depths.iter().enumerate().filter(|d| *d.1 > 0) {
             let name = format!("layer{}", stage + 1);
             for i in 0..depth {
                 let stride = if i == 0 && stage > 0 { 2 } else { 1 };

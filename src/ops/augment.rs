@@ -136,6 +136,19 @@ fn whole_pixels(m: &[f32]) -> Option<(bool, i64, bool, i64)> {
     Some((unit(m[0])?, whole(m[2])?, unit(m[4])?, whole(m[5])?))
 }
 
+/// One image `[size, size, 3]` along one map, bilinear, as [`AffineSample`] resamples it.
+pub(crate) fn resample(x: &[f32], fill: &[f32; 3], size: usize, map: &[f32; 6], y: &mut [f32]) {
+    let image = Image::<3> {
+        x,
+        fill,
+        h: size,
+        w: size,
+    };
+    for (row, y) in y.chunks_exact_mut(size * 3).enumerate() {
+        image.row(map, row, true, y);
+    }
+}
+
 impl Op for AffineSample {
     op_common!("affine_sample");
 

@@ -498,6 +498,13 @@ impl Op for ScaleBy {
         Ok(vec![x[0].clone()])
     }
 
+    /// Of x; the factor is taken for a constant.
+    fn backward(&self, node: &Fwd, b: &mut Backward) -> Result<()> {
+        let dy = b.need(node.outputs[0])?;
+        let dx = b.emit1(ScaleBy, &[dy, node.inputs[1]])?;
+        b.give(node.inputs[0], dx)
+    }
+
     fn reference(&self, x: &[&Host], y: &mut [Host]) {
         for (y, v) in y[0].data.iter_mut().zip(&x[0].data) {
             *y = v * x[1].data[0];

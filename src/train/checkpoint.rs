@@ -2,6 +2,7 @@
 //! counters, in one file that is replaced whole), so a kill at any point leaves a consistent one; `last` and `best`
 //! hold the weights for everybody else.
 
+use super::program::Program;
 use crate::backend::Exec;
 use crate::graph::Graph;
 use crate::graph::train::Update;
@@ -30,23 +31,31 @@ pub struct Position {
     pub seconds: f64,
     /// Best validation top-1 so far, percent.
     pub best: f64,
+    /// Epochs since then.
+    #[serde(default)]
+    pub stale: u64,
     /// Seconds of training in all, validation left out.
     pub train_seconds: f64,
 }
 
-/// Writes everything that is needed to go on.
+/// Writes everything that is needed to go on; `best` are the best values of all parameters, where no file has them.
 ///
 /// # Errors
 /// The file cannot be written; the one before stays.
 pub fn write_resume(
     path: &Path,
-    exec: &mut dyn Exec,
-    update: &Update,
+    program: &mut Program,
     at: &Position,
     config: &str,
+    best: Option<&[Vec<f32>]>,
 ) -> Result<()> {
+    let (exec, update) = (program.exec.as_mut(), &program.update);
     let graph = exec.graph().clone();
     let mut tensors = vec![];
+    for (p, values) in graph.params.iter().zip(best.unwrap_or_default()) {
+        let shape = graph.shape(p.tid).to_vec();
+        tensors.push((format!("best/{}", p.name), shape, values.clone()));
+    }
     for p in graph.params.iter().filter(|p| p.buffer || !p.trainable) {
         tensors.push((
             format!("param/{}", p.name),

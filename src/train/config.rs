@@ -4,6 +4,7 @@ use crate::data::Augment;
 use crate::graph::train::Optimizer;
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// How the learning rate moves after the warm-up.
@@ -16,6 +17,9 @@ pub enum Schedule {
     Cosine,
     /// Times `gamma` every `step_epochs` epochs.
     Step,
+    /// Up from `lr / 25` by half a cosine over the warm-up (30 % of the run where there is none), then down to
+    /// `lr / 250000` by another (Smith & Topin 2018; `torch.optim.lr_scheduler.OneCycleLR`).
+    Onecycle,
 }
 
 /// Update rule by name.
@@ -34,12 +38,14 @@ pub enum OptimizerName {
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TrainConfig {
-    /// Model id or spec string.
+    /// Model id or spec string; empty: the one that `init` is of, else `cnn_r14`.
     pub model: String,
     /// Data set.
     pub data: String,
     /// `cpu` or `wgpu`.
     pub backend: String,
+    /// What products are computed in on cuda: `f32`, `tf32`, `bf16`. Weights and sums stay float32 (mixed precision).
+    pub precision: String,
     /// Of initialisation, order, augmentation and dropout.
     pub seed: u64,
     /// Passes over the training images.
@@ -84,12 +90,31 @@ pub struct TrainConfig {
     pub class_weights: bool,
     /// Global gradient norm is clipped to this; 0: not at all.
     pub clip: f64,
+    /// The rate of each block is this times that of the block after it (Clark et al. 2020; 0.75 in BEiT); 1: all alike.
+    pub layer_decay: f64,
+    /// Factors on the rate of parameters by the beginning of their names: `{ "head" = 10.0 }`; the longest that fits.
+    pub lr_scale: BTreeMap<String, f64>,
+    /// Decay of the moving average of the weights that is evaluated and saved in place of them; 0: none. In the first
+    /// updates it is less: (1 + t) / (10 + t).
+    pub ema: f64,
+    /// Epochs without a better top-1 after which the run ends; 0: it never ends early.
+    pub patience: u64,
     /// Dropout in the model.
     pub dropout: f32,
     /// Stochastic depth of the last block (Huang et al. 2016), rising linearly from 0.
     pub drop_path: f32,
-    /// Geometry of training samples.
+    /// Geometry and colours of training samples.
     pub augment: Augment,
+    /// Parameter of mixup's beta distribution (Zhang et al. 2018); 0: none.
+    pub mixup: f32,
+    /// Parameter of CutMix's beta distribution (Yun et al. 2019); 0: none. With mixup, each batch takes one of them.
+    pub cutmix: f32,
+    /// Each image comes this often in an epoch, under other augmentation each time (repeated augmentation).
+    pub repeats: u32,
+    /// Draw classes equally often, with replacement.
+    pub balanced: bool,
+    /// Evaluate the mean of the logits of each image and its mirror image.
+    pub test_flip: bool,
     /// Training images used: `100` or `10%` of each class; empty: all.
     pub subset: String,
     /// At most this many training images (0: all).
@@ -108,14 +133,35 @@ pub struct TrainConfig {
     pub replace_head: bool,
     /// Train the classifier alone.
     pub freeze_backbone: bool,
+    /// Train from this layer on (`blocks.8`, `layer4`), and nothing before it; empty: everything.
+    pub unfreeze_from: String,
+    /// Cut off so many of a ResNet's last stages.
+    pub drop_stages: usize,
+    /// Cut off so many of a ViT's last blocks.
+    pub drop_blocks: usize,
+    /// Keep these blocks of a ViT (`0-3,8-11`); empty: all.
+    pub keep_blocks: String,
+    /// Weights of a teacher, whose predictions are learnt beside the labels (Hinton et al. 2015).
+    pub teacher: Option<PathBuf>,
+    /// The teacher's model; empty: what its weights tell.
+    pub teacher_model: String,
+    /// Share of the teacher in the loss.
+    pub distill_alpha: f32,
+    /// Temperature of both softmaxes; the teacher's part of the loss is multiplied by its square.
+    pub distill_temperature: f32,
+    /// The teacher's most probable class as a label, in place of its probabilities (Touvron et al. 2021).
+    pub distill_hard: bool,
+    /// Compute the inside of each block again in the backward pass, in place of keeping it (Chen et al. 2016).
+    pub recompute: bool,
 }
 
 impl Default for TrainConfig {
     fn default() -> Self {
         TrainConfig {
-            model: "cnn_r14".into(),
+            model: String::new(),
             data: "digits".into(),
             backend: "cpu".into(),
+            precision: "f32".into(),
             seed: 0,
             epochs: 10,
             batch_size: 128,
@@ -138,9 +184,18 @@ impl Default for TrainConfig {
             focal: 0.0,
             class_weights: false,
             clip: 0.0,
+            layer_decay: 1.0,
+            lr_scale: BTreeMap::new(),
+            ema: 0.0,
+            patience: 0,
             dropout: 0.0,
             drop_path: 0.0,
             augment: Augment::default(),
+            mixup: 0.0,
+            cutmix: 0.0,
+            repeats: 1,
+            balanced: false,
+            test_flip: false,
             subset: String::new(),
             limit_train: 0,
             limit_test: 0,
@@ -150,6 +205,16 @@ impl Default for TrainConfig {
             init: None,
             replace_head: false,
             freeze_backbone: false,
+            unfreeze_from: String::new(),
+            drop_stages: 0,
+            drop_blocks: 0,
+            keep_blocks: String::new(),
+            teacher: None,
+            teacher_model: String::new(),
+            distill_alpha: 0.5,
+            distill_temperature: 1.0,
+            distill_hard: false,
+            recompute: false,
         }
     }
 }
@@ -165,6 +230,7 @@ impl TrainConfig {
             .map_err(|e: toml::de::Error| Error::input(e.message().to_string()))?;
         let known = toml::Table::try_from(Self {
             init: Some(PathBuf::new()),
+            teacher: Some(PathBuf::new()),
             ..Self::default()
         })
         .map_err(|e| Error::run(e.to_string()))?;
@@ -243,6 +309,27 @@ impl TrainConfig {
         range("long tail", self.long_tail, 0.0, 1.0)?;
         range("step imbalance", self.step_imbalance, 0.0, 1.0)?;
         range("validation share", self.val_share, 0.0, 0.9)?;
+        range("layer decay", self.layer_decay, 1e-3, 1.0)?;
+        for (name, &v) in &self.lr_scale {
+            range(&format!("factor on the rate of {name}"), v, 0.0, 1e6)?;
+        }
+        range("moving average", self.ema, 0.0, 0.999_999)?;
+        range("mixup", f64::from(self.mixup), 0.0, 100.0)?;
+        range("cutmix", f64::from(self.cutmix), 0.0, 100.0)?;
+        range("repeats", f64::from(self.repeats), 1.0, 16.0)?;
+        range(
+            "distillation's share",
+            f64::from(self.distill_alpha),
+            0.0,
+            1.0,
+        )?;
+        let t = f64::from(self.distill_temperature);
+        range("distillation's temperature", t, 1e-3, 1e3)?;
+        if self.freeze_backbone && !self.unfreeze_from.is_empty() {
+            return Err(Error::input(
+                "freeze-backbone trains the classifier alone, unfreeze-from more; give one of them",
+            ));
+        }
         if self.schedule == Schedule::Step {
             positive("step epochs", self.step_epochs as usize)?;
         }
@@ -269,6 +356,11 @@ impl TrainConfig {
         }
     }
 
+    /// Whether samples are mixed, so that their targets are shares of classes.
+    pub fn mixes(&self) -> bool {
+        self.mixup > 0.0 || self.cutmix > 0.0
+    }
+
     /// The learning rate of update `step` (from 0) with `per_epoch` updates an epoch.
     pub fn lr_at(&self, step: u64, per_epoch: u64) -> f64 {
         let per_epoch = per_epoch.max(1);
@@ -277,11 +369,25 @@ impl TrainConfig {
             (self.epochs * per_epoch) as f64,
         );
         let at = step as f64;
+        if self.schedule == Schedule::Onecycle {
+            let rise = if warm > 0.0 { warm } else { 0.3 * total };
+            let (top, end) = (rise - 1.0, (total - 1.0).max(1.0));
+            let (low, least) = (self.lr / 25.0, self.lr / 250_000.0);
+            // From `a` to `b` along half a cosine.
+            let along = |a: f64, b: f64, share: f64| {
+                let share = share.clamp(0.0, 1.0);
+                b + 0.5 * (a - b) * (1.0 + (std::f64::consts::PI * share).cos())
+            };
+            return match at <= top {
+                true => along(low, self.lr, at / top),
+                false => along(self.lr, least, (at - top) / (end - top)),
+            };
+        }
         if at < warm {
             return self.lr * (at + 1.0) / (warm + 1.0);
         }
         match self.schedule {
-            Schedule::Constant => self.lr,
+            Schedule::Constant | Schedule::Onecycle => self.lr,
             Schedule::Cosine => {
                 let done = ((at - warm) / (total - warm).max(1.0)).min(1.0);
                 self.min_lr
@@ -300,6 +406,8 @@ impl TrainConfig {
 fn unknown_key(table: &toml::Table, known: &toml::Table, prefix: &str) -> Result<()> {
     for (k, v) in table {
         match (known.get(k), v) {
+            // Names of parameters, which only the network knows.
+            (Some(_), toml::Value::Table(_)) if k == "lr_scale" => {}
             (Some(toml::Value::Table(inner)), toml::Value::Table(given)) => {
                 unknown_key(given, inner, &format!("{prefix}{k}."))?;
             }
@@ -378,6 +486,29 @@ mod tests {
         assert!(
             (c.lr_at(299, 100) - 1.0).abs() < 1e-12 && (c.lr_at(600, 100) - 0.01).abs() < 1e-12
         );
+    }
+
+    /// `OneCycleLR(max_lr=0.02, total_steps=40, pct_start=0.3)` of PyTorch 2.15.
+    #[test]
+    fn one_cycle_is_pytorchs() {
+        let c = TrainConfig {
+            schedule: Schedule::Onecycle,
+            epochs: 4,
+            lr: 0.02,
+            ..Default::default()
+        };
+        for (step, lr) in [
+            (0, 8.000000000e-04),
+            (5, 9.033777553e-03),
+            (11, 2.000000000e-02),
+            (12, 1.993712235e-02),
+            (25, 1.000004000e-02),
+            (38, 6.295764956e-05),
+            (39, 8.000000000e-08),
+        ] {
+            let got = c.lr_at(step, 10);
+            assert!((got / lr - 1.0).abs() < 1e-6, "step {step}: {got}, {lr}");
+        }
     }
 
     #[test]

@@ -1,10 +1,10 @@
 //! Evaluation of a network on a split.
 
 use crate::backend::{Backend, CompileOptions, Exec};
-use crate::data::{Images, Loader, LoaderOptions};
+use crate::data::{Batch, Feed, Images, Loader, LoaderOptions, RowLoader, Rows};
 use crate::graph::fuse::Purpose;
 use crate::graph::{Mode, Phase, Tid, fuse};
-use crate::models::{Model, ModelOptions};
+use crate::models::{Model, ModelOptions, head};
 use crate::report::metrics::Evaluation;
 use crate::report::progress::Progress;
 use crate::{Error, Result};
@@ -19,6 +19,42 @@ pub struct Evaluator {
     logits: Tid,
     batch: usize,
     classes: usize,
+    flip: bool,
+}
+
+/// What is evaluated.
+#[derive(Clone)]
+pub enum Subject {
+    /// Images, by the whole network.
+    Images(Arc<Images>),
+    /// Features of images, by the classifier alone.
+    Rows(Arc<Rows>),
+}
+
+impl Subject {
+    /// Images.
+    pub fn len(&self) -> usize {
+        match self {
+            Subject::Images(i) => i.len(),
+            Subject::Rows(r) => r.labels.len(),
+        }
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Batches of it.
+    ///
+    /// # Errors
+    /// As [`Loader::new`].
+    pub fn feed(&self, options: LoaderOptions) -> Result<Box<dyn Feed>> {
+        Ok(match self {
+            Subject::Images(i) => Box::new(Loader::new(i.clone(), options)?),
+            Subject::Rows(r) => Box::new(RowLoader::new(r.clone(), options)?),
+        })
+    }
 }
 
 /// The prediction for one image.
@@ -30,13 +66,15 @@ pub struct Prediction {
     pub probability: f32,
     /// True class.
     pub label: u32,
+    /// Index of the image in its split.
+    pub index: u32,
 }
 
 /// What an evaluation gives.
 pub struct Outcome {
     /// Sums of every metric.
     pub evaluation: Evaluation,
-    /// By position in the view.
+    /// In the view's order.
     pub predictions: Vec<Prediction>,
     /// Wall time, data included.
     pub seconds: f64,
@@ -54,6 +92,36 @@ impl Evaluator {
         size: usize,
         batch: usize,
     ) -> Result<Self> {
+        Self::compile(backend, model, options, size, batch, false)
+    }
+
+    /// [`new`](Self::new) for the classifier alone, over the features that it reads.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new), or the model has not one classifier.
+    pub fn of_head(
+        backend: &dyn Backend,
+        model: &Model,
+        options: &ModelOptions,
+        size: usize,
+        batch: usize,
+    ) -> Result<Self> {
+        Self::compile(backend, model, options, size, batch, true)
+    }
+
+    /// Evaluate the mean of the logits of each image and its mirror image.
+    pub fn flipped(self, flip: bool) -> Self {
+        Evaluator { flip, ..self }
+    }
+
+    fn compile(
+        backend: &dyn Backend,
+        model: &Model,
+        options: &ModelOptions,
+        size: usize,
+        batch: usize,
+        head_alone: bool,
+    ) -> Result<Self> {
         let mut net = model.net(batch, (size, size), Mode::default(), options)?;
         let Some(logits) = net.heads.logits else {
             return Err(Error::input(format!(
@@ -63,6 +131,12 @@ impl Evaluator {
         };
         net.graph.keep(logits);
         let classes = net.graph.spec(logits).channels();
+        if head_alone {
+            let from = head::input_of(&net.graph);
+            let from =
+                from.ok_or_else(|| Error::run(format!("{} has not one classifier", model.id)))?;
+            net.input = head::keep_after(&mut net.graph, from)?;
+        }
         fuse(&mut net.graph, Purpose::Inference)?;
         let exec = backend.compile(Arc::new(net.graph), &CompileOptions::default())?;
         Ok(Evaluator {
@@ -71,6 +145,7 @@ impl Evaluator {
             logits,
             batch,
             classes,
+            flip: false,
         })
     }
 
@@ -89,41 +164,39 @@ impl Evaluator {
         self.exec.run(&[Phase::Prepare])
     }
 
-    /// Runs over all images.
+    /// Runs over all of `subject`.
     ///
     /// # Errors
     /// Too many unreadable images, a label out of range, or the device is lost; [`Error::Run`] when `stop` is set.
     pub fn run(
         &mut self,
-        images: Arc<Images>,
+        subject: &Subject,
         label: &str,
         stop: Option<&AtomicBool>,
     ) -> Result<Outcome> {
-        let total = images.len();
-        let mut loader = Loader::new(images, LoaderOptions::eval(self.batch))?;
+        let total = subject.len();
+        let mut feed = subject.feed(LoaderOptions::eval(self.batch))?;
         let mut evaluation = Evaluation::new(self.classes);
         let mut predictions = Vec::with_capacity(total);
-        let mut progress = Progress::new(label, loader.steps_per_epoch() as u64);
+        let mut progress = Progress::new(label, feed.steps_per_epoch() as u64);
         let start = Instant::now();
-        while let Some(batch) = loader.next_batch()? {
+        while let Some(batch) = feed.next_batch()? {
             if stop.is_some_and(|s| s.load(Ordering::Relaxed)) {
                 progress.finish("");
                 return Err(Error::run("interrupted"));
             }
-            self.exec.write(self.input, &batch.images)?;
-            self.exec.run(&[Phase::Forward])?;
-            let logits = self.exec.read(self.logits)?;
+            let logits = self.logits(&batch)?;
             let labels = &batch.labels[..batch.valid];
             let valid = &logits[..batch.valid * self.classes];
             evaluation.add(valid, labels)?;
             predictions.extend(
                 valid
                     .chunks(self.classes)
-                    .zip(labels)
-                    .map(|(row, &l)| prediction(row, l)),
+                    .zip(labels.iter().zip(&batch.indices))
+                    .map(|(row, (&l, &i))| prediction(row, l, i)),
             );
             progress.step(batch.valid as u64, evaluation.loss(), evaluation.top1());
-            loader.recycle(batch);
+            feed.recycle(batch);
         }
         progress.finish("");
         Ok(Outcome {
@@ -132,9 +205,31 @@ impl Evaluator {
             seconds: start.elapsed().as_secs_f64(),
         })
     }
+
+    fn logits(&mut self, batch: &Batch) -> Result<Vec<f32>> {
+        self.exec.write(self.input, &batch.images)?;
+        self.exec.run(&[Phase::Forward])?;
+        let mut logits = self.exec.read(self.logits)?;
+        let &[_, _, width, channels] = self.exec.graph().shape(self.input) else {
+            return Ok(logits);
+        };
+        if self.flip {
+            let mut mirrored = Vec::with_capacity(batch.images.len());
+            for row in batch.images.chunks_exact(width * channels) {
+                mirrored.extend(row.chunks_exact(channels).rev().flatten());
+            }
+            self.exec.write(self.input, &mirrored)?;
+            self.exec.run(&[Phase::Forward])?;
+            let other = self.exec.read(self.logits)?;
+            for (a, b) in logits.iter_mut().zip(other) {
+                *a = 0.5 * (*a + b);
+            }
+        }
+        Ok(logits)
+    }
 }
 
-fn prediction(row: &[f32], label: u32) -> Prediction {
+fn prediction(row: &[f32], label: u32, index: u32) -> Prediction {
     let (class, top) = row
         .iter()
         .enumerate()
@@ -146,5 +241,6 @@ fn prediction(row: &[f32], label: u32) -> Prediction {
         class: class as u32,
         probability: 1.0 / sum,
         label,
+        index,
     }
 }

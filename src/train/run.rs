@@ -2,33 +2,32 @@
 
 use super::checkpoint::{Position, read_params, read_position, read_resume, write_resume};
 use super::config::TrainConfig;
-use super::evaluate::{Evaluator, Outcome};
+use super::diagnose::first_not_finite;
+use super::evaluate::{Evaluator, Outcome, Subject as Evaluated};
+use super::features::Frozen;
 use super::program::{Program, ProgramSpec};
+use super::setup::{RunData, Setup, open_data, prepare};
+use super::teacher::Teacher;
 use crate::backend::Backend;
-use crate::data::{self, Images, Loader, LoaderOptions, OpenOptions, PerClass, Preprocess, Split};
+use crate::data::{Batch, Feed, Images, LoaderOptions, Mix};
 use crate::graph::Phase;
-use crate::models::session::options_for;
-use crate::models::{self, Model, ModelOptions};
-use crate::ops::loss::IGNORED;
+use crate::graph::train::Update;
+use crate::models::head;
 use crate::report::html::{Provenance, RunReport, Sample};
 use crate::report::metrics::Subject;
 use crate::report::plot;
 use crate::report::progress::Progress;
 use crate::report::runlog::{EpochRow, EventLog, MetricsLog, StepEvent, read_metrics};
 use crate::report::{remove_parts, write_atomic};
-use crate::weights::registry::locate;
-use crate::weights::{FloatFormat, WeightFile};
+use crate::weights::WeightFile;
 use crate::{Error, Result};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// A checkpoint is written at least this often within an epoch.
 const CHECKPOINT_EVERY: Duration = Duration::from_secs(60);
-/// Models made for images up to this size take the data's own size.
-const SMALL: usize = 64;
 /// Sample predictions in a report.
 const SAMPLES: usize = 32;
 
@@ -43,24 +42,14 @@ pub struct RunPlace {
     pub command: String,
 }
 
-/// The data of a run, at the network's size.
-struct RunData {
-    train: Arc<Images>,
-    test: Arc<Images>,
-    classes: Vec<String>,
-    /// Images of each class in the training view.
-    counts: Vec<usize>,
-    notes: Vec<String>,
-}
-
 /// What is trained, resolved.
 struct Job<'a> {
-    config: &'a TrainConfig,
-    model: Model,
-    options: ModelOptions,
-    size: usize,
+    setup: &'a Setup,
+    data: &'a RunData,
     backend: &'a dyn Backend,
-    init: Option<WeightFile>,
+    class_weights: Option<Vec<f32>>,
+    /// Train the classifier alone, on features.
+    head_alone: bool,
 }
 
 /// Trains as `config` says in `place` and returns the report of the run.
@@ -75,141 +64,166 @@ pub fn train(
     stop: &AtomicBool,
 ) -> Result<RunReport> {
     config.check()?;
-    let model = models::find(&config.model)?;
-    let located = config
-        .init
-        .as_ref()
-        .map(|p| locate(p.as_ref()))
-        .transpose()?;
-    let (init, record) = located.unzip();
-    let init = init.map(WeightFile::open).transpose()?;
-    let record = record.flatten();
-    let sets = data::open(&config.data, OpenOptions { seed: config.seed })?;
-    let size = match (config.image_size, sets.size) {
-        (0, Some(s)) if model.image <= SMALL => s as usize,
-        (0, _) => model.image,
-        (s, _) => s,
-    };
-    let options = ModelOptions {
-        classes: Some(sets.classes().len()),
-        dropout: (config.dropout > 0.0).then_some(config.dropout),
-        drop_path: config.drop_path,
-        norm_eps: None,
-        cls_mean: false,
-    };
-    let options = options_for(&options, init.as_ref(), config.replace_head);
-    let preprocess = match (&init, record) {
-        // Weights expect the input that they were trained on.
-        (Some(_), Some(record)) => record.preprocess(size as u32),
-        (Some(file), None) => {
-            model.preprocess(crate::weights::Scheme::of(file).map(|s| s.naming), size)
-        }
-        (None, _) => sets.preprocess(size as u32),
-    };
-    let data = prepare(config, sets, preprocess)?;
+    if !place.resume && place.dir.join("metrics.csv").exists() {
+        return Err(Error::input(format!(
+            "{} holds a run already; go on with --resume, or name another directory",
+            place.dir.display()
+        )));
+    }
+    let sets = open_data(config)?;
+    let (classes, side) = (sets.classes().len(), sets.size);
+    let setup = Setup::new(config, classes, side, |size| sets.preprocess(size))?;
+    let config = &setup.config;
+    let head_alone = may_keep_features(&setup)?;
+    let data = prepare(config, sets, setup.preprocess, !head_alone)?;
     let job = Job {
-        config,
-        model,
-        options,
-        size,
+        setup: &setup,
+        data: &data,
         backend,
-        init,
+        class_weights: config
+            .class_weights
+            .then(|| inverse_frequency(&data.counts)),
+        head_alone,
     };
-    let mut program = job.compile(&data)?;
+    let mut program = Program::compile(backend, &job.spec())?;
+    setup.notes.iter().for_each(|n| eprintln!("{n}"));
+    let (all, trained) = program.params;
+    eprintln!(
+        "{}: {all} parameters, {trained} of them trained",
+        setup.model.id
+    );
+    if let Some(saving) = program.recomputed {
+        eprintln!(
+            "recomputation: activations take {:.1} MB in place of {:.1} MB, for {:.1} % more work in a step",
+            saving.after as f64 / 1e6,
+            saving.before as f64 / 1e6,
+            100.0 * saving.flops as f64 / (3 * program.flops * config.batch_size as u64) as f64
+        );
+    }
+    let (train, test) = job.subjects(stop)?;
+    let feed = train.feed(job.loader())?;
+    let steps = feed.steps_per_epoch();
+    let batches = (steps / config.accumulate * config.accumulate) as u64;
+    if batches == 0 {
+        return Err(Error::input(format!(
+            "{} images make {steps} batches of {}, fewer than the {} of one update; lower --batch-size or --accumulate",
+            train.len(),
+            config.batch_size,
+            config.accumulate
+        )));
+    }
+    let batch = config.batch_size.min(test.len());
+    let (model, options, size) = (&setup.model, &setup.options, setup.size);
+    let mut parts = Parts {
+        feed,
+        batches,
+        teacher: Teacher::open(config, backend, data.train.preprocess(), classes)?,
+        evaluator: match head_alone {
+            true => Evaluator::of_head(backend, model, options, size, batch)?,
+            false => {
+                Evaluator::new(backend, model, options, size, batch)?.flipped(config.test_flip)
+            }
+        },
+        test,
+    };
     let mut run = Run::open(config, place)?;
     if let Some((file, at)) = run.resumed.take() {
         read_resume(&file, program.exec.as_mut(), &program.update)?;
+        if head_alone {
+            run.best = read_best(&file, &mut program)?;
+        }
         run.at = at;
     }
     write_atomic(&run.dir.join("config.toml"), run.config.as_bytes())?;
-    let batch = config.batch_size.min(data.test.len());
-    let mut evaluator = Evaluator::new(job.backend, &job.model, &job.options, size, batch)?;
-    let last = run.epochs(&job, &data, &mut program, &mut evaluator, stop)?;
-    run.report(&job, place, &data, &program, last)
+    let last = run.epochs(&job, &mut program, &mut parts, stop)?;
+    run.report(&job, place, &program, last)
 }
 
-fn prepare(config: &TrainConfig, sets: data::Sets, preprocess: Preprocess) -> Result<RunData> {
-    let mut train = sets.train;
-    let mut test = sets.test;
-    if config.val_share > 0.0 {
-        (train, test) = train.split_off(config.val_share, config.seed)?;
+/// Whether the network before the classifier gives the same for an image every time, so that it need run only once.
+fn may_keep_features(setup: &Setup) -> Result<bool> {
+    let c = &setup.config;
+    let same = c.augment.is_none() && !c.mixes() && c.teacher.is_none();
+    if !c.freeze_backbone || !same || c.test_flip || c.recompute {
+        return Ok(false);
     }
-    if !config.subset.is_empty() {
-        train = train.subset(config.subset.parse::<PerClass>()?, config.seed);
-    }
-    if config.long_tail > 0.0 {
-        train = train.long_tail(config.long_tail, config.seed)?;
-    }
-    if config.step_imbalance > 0.0 {
-        train = train.step_imbalance(config.step_imbalance, config.seed)?;
-    }
-    let limit = |s: Split, n: usize| if n > 0 { s.limit(n) } else { s };
-    let (train, test) = (
-        limit(train, config.limit_train),
-        limit(test, config.limit_test),
-    );
-    let classes = train.classes().to_vec();
-    let counts = train.counts();
-    let train = Images::prepare(&train, preprocess, data::PrepareOptions::default())?;
-    let test = Images::prepare(&test, preprocess, data::PrepareOptions::default())?;
-    let mut notes = vec![];
-    for (name, images) in [("training", &train), ("test", &test)] {
-        let bad = images.bad();
-        if let Some(first) = bad.first() {
-            notes.push(format!(
-                "{} {name} images could not be read and were left out, the first: {}",
-                bad.len(),
-                first.message
-            ));
-        }
-    }
-    Ok(RunData {
-        train: Arc::new(train),
-        test: Arc::new(test),
-        classes,
-        counts,
-        notes,
-    })
+    let mode = crate::graph::Mode {
+        batch_stats: false,
+        random: true,
+    };
+    let image = (setup.size, setup.size);
+    let graph = setup.model.net(1, image, mode, &setup.options)?.graph;
+    Ok(head::input_of(&graph).is_some_and(|from| !head::random_before(&graph, from)))
 }
 
 impl Job<'_> {
-    /// The training graph on the backend, with its first weights.
-    fn compile(&self, data: &RunData) -> Result<Program> {
-        let class_weights = self
-            .config
-            .class_weights
-            .then(|| inverse_frequency(&data.counts));
-        Program::compile(
-            self.backend,
-            &ProgramSpec {
-                config: self.config,
-                model: &self.model,
-                options: &self.options,
-                size: self.size,
-                init: self.init.as_ref(),
-                fill: data.train.preprocess().black(),
-                class_weights: class_weights.as_deref(),
-            },
-        )
+    fn config(&self) -> &TrainConfig {
+        &self.setup.config
+    }
+
+    fn spec(&self) -> ProgramSpec<'_> {
+        ProgramSpec {
+            config: self.config(),
+            model: &self.setup.model,
+            options: &self.setup.options,
+            size: self.setup.size,
+            init: self.setup.init.as_ref(),
+            thinned: self.setup.thinned.as_ref(),
+            fill: self.data.train.preprocess().black(),
+            class_weights: self.class_weights.as_deref(),
+            head_alone: self.head_alone,
+        }
+    }
+
+    /// What is trained on, and what is evaluated: images, or their features.
+    fn subjects(&self, stop: &AtomicBool) -> Result<(Evaluated, Evaluated)> {
+        let (train, test) = (&self.data.train, &self.data.test);
+        if !self.head_alone {
+            let images = |i: &std::sync::Arc<Images>| Evaluated::Images(i.clone());
+            return Ok((images(train), images(test)));
+        }
+        let frozen = Frozen {
+            backend: self.backend,
+            model: &self.setup.model,
+            options: &self.setup.options,
+            weights: self.setup.init.as_ref(),
+            thinned: self.setup.thinned.as_ref(),
+            seed: self.config().seed,
+        };
+        let rows = |i, what| -> Result<Evaluated> {
+            Ok(Evaluated::Rows(frozen.features(i, what, stop)?.into()))
+        };
+        Ok((rows(train, "training")?, rows(test, "test")?))
+    }
+
+    fn loader(&self) -> LoaderOptions {
+        let c = self.config();
+        let mut options = LoaderOptions::train(c.batch_size, c.seed);
+        options.augment = (!c.augment.is_none()).then_some(c.augment);
+        options.balanced = c.balanced;
+        options.repeats = c.repeats;
+        let spec = self.spec();
+        // What happens to a sample's place is done there too, unless the device does it.
+        options.resample = (!spec.moves_on_device()).then_some(spec.fill);
+        options.mix = c.mixes().then_some(Mix {
+            mixup: c.mixup,
+            cutmix: c.cutmix,
+            classes: self.data.classes.len(),
+        });
+        options
     }
 
     /// What a weight file of this run says about itself, so that it can be used without its run directory.
-    fn metadata(&self, data: &RunData) -> Result<BTreeMap<String, String>> {
-        let p = data.test.preprocess();
+    fn metadata(&self) -> Result<BTreeMap<String, String>> {
+        let p = self.data.test.preprocess();
         let json = |v: serde_json::Value| v.to_string();
+        let of = |key: &str, value: String| (format!("tilewright.{key}"), value);
         Ok(BTreeMap::from([
-            ("tilewright.model".to_string(), self.model.id.clone()),
-            ("tilewright.data".to_string(), self.config.data.clone()),
-            ("tilewright.size".to_string(), p.size.to_string()),
-            (
-                "tilewright.mean".to_string(),
-                json(serde_json::json!(p.mean)),
-            ),
-            ("tilewright.std".to_string(), json(serde_json::json!(p.std))),
-            (
-                "tilewright.classes".to_string(),
-                json(serde_json::json!(data.classes)),
-            ),
+            of("model", self.setup.model.id.clone()),
+            of("data", self.config().data.clone()),
+            of("size", p.size.to_string()),
+            of("mean", json(serde_json::json!(p.mean))),
+            of("std", json(serde_json::json!(p.std))),
+            of("classes", json(serde_json::json!(self.data.classes))),
         ]))
     }
 }
@@ -225,6 +239,16 @@ fn inverse_frequency(counts: &[usize]) -> Vec<f32> {
     inverse.iter().map(|v| (v / mean) as f32).collect()
 }
 
+/// What a run steps through, asks and is measured by.
+struct Parts {
+    feed: Box<dyn Feed>,
+    /// Of an epoch, whole updates only.
+    batches: u64,
+    teacher: Option<Teacher>,
+    evaluator: Evaluator,
+    test: Evaluated,
+}
+
 /// The state of a run between steps, and its files.
 struct Run {
     dir: PathBuf,
@@ -234,6 +258,8 @@ struct Run {
     metrics: MetricsLog,
     events: EventLog,
     config: String,
+    /// The classifier's best values, where it is trained alone: they go into files at the end, with the network.
+    best: Option<Vec<Vec<f32>>>,
 }
 
 impl Run {
@@ -259,11 +285,6 @@ impl Run {
                 )));
             }
             resumed = Some((file, at));
-        } else if !place.resume && dir.join("metrics.csv").exists() {
-            return Err(Error::input(format!(
-                "{} holds a run already; go on with --resume, or name another directory",
-                dir.display()
-            )));
         }
         for d in [&dir, &dir.join("checkpoints"), &dir.join("plots")] {
             std::fs::create_dir_all(d).map_err(|e| Error::writing(d, e))?;
@@ -279,52 +300,42 @@ impl Run {
             metrics,
             events,
             config: text,
+            best: None,
         })
     }
 
     fn save(&mut self, program: &mut Program) -> Result<()> {
         self.events.sync()?;
         let path = self.dir.join("checkpoints/resume.safetensors");
-        write_resume(
-            &path,
-            program.exec.as_mut(),
-            &program.update,
-            &self.at,
-            &self.config,
-        )
+        write_resume(&path, program, &self.at, &self.config, self.best.as_deref())
+    }
+
+    fn done(&self, config: &TrainConfig) -> bool {
+        self.at.epoch >= config.epochs || (config.patience > 0 && self.at.stale >= config.patience)
     }
 
     /// Trains to the end and returns the last evaluation.
     fn epochs(
         &mut self,
         job: &Job,
-        data: &RunData,
         program: &mut Program,
-        evaluator: &mut Evaluator,
+        parts: &mut Parts,
         stop: &AtomicBool,
     ) -> Result<Outcome> {
-        let config = job.config;
-        let mut options = LoaderOptions::train(config.batch_size, config.seed);
-        options.augment = (!config.augment.is_none()).then_some(config.augment);
-        let mut loader = Loader::new(data.train.clone(), options)?;
-        let batches = (loader.steps_per_epoch() / config.accumulate * config.accumulate) as u64;
-        if batches == 0 {
-            return Err(Error::input(format!(
-                "{} images make {} batches of {}, fewer than the {} of one update; lower --batch-size or --accumulate",
-                data.train.len(),
-                loader.steps_per_epoch(),
-                config.batch_size,
-                config.accumulate
-            )));
-        }
+        let config = job.config();
+        let batches = parts.batches;
         let mut outcome = None;
-        while self.at.epoch < config.epochs {
-            loader.skip_to(self.at.epoch as u32, self.at.batch as usize)?;
-            self.epoch(config, program, &mut loader, batches, stop)?;
+        while !self.done(config) {
+            let (epoch, batch) = (self.at.epoch as u32, self.at.batch as usize);
+            parts.feed.skip_to(epoch, batch)?;
+            self.epoch(job, program, parts, stop)?;
             let clock = Instant::now();
-            let values = read_params(program.exec.as_mut())?;
-            evaluator.set_params(&values)?;
-            let result = evaluator.run(data.test.clone(), "evaluating", Some(stop))?;
+            let values = program.values()?;
+            if values.iter().flatten().any(|v| !v.is_finite()) {
+                return Err(self.diverged(job, program, "a weight"));
+            }
+            parts.evaluator.set_params(&values)?;
+            let result = parts.evaluator.run(&parts.test, "evaluating", Some(stop))?;
             let top1 = result.evaluation.top1();
             let row = self.row(config, batches, &result, clock.elapsed().as_secs_f64());
             eprintln!(
@@ -343,34 +354,56 @@ impl Run {
                 epoch: self.at.epoch + 1,
                 step: self.at.step,
                 best: if better { top1 } else { self.at.best },
+                stale: if better { 0 } else { self.at.stale + 1 },
                 train_seconds: self.at.train_seconds + self.at.seconds,
                 ..Default::default()
             };
             self.at = done;
-            let (graph, metadata) = (program.exec.graph().clone(), job.metadata(data)?);
-            for name in std::iter::once("last").chain(better.then_some("best")) {
-                let path = self.dir.join(format!("checkpoints/{name}.safetensors"));
-                let steps = self.at.step as i64;
-                program.names.save(
-                    &path,
-                    &graph,
-                    values.clone(),
-                    steps,
-                    &metadata,
-                    FloatFormat::F32,
-                )?;
+            if program.head_alone() {
+                // The network around it would be written again each time: files come at the end.
+                if better {
+                    self.best = Some(values);
+                }
+            } else {
+                for name in std::iter::once("last").chain(better.then_some("best")) {
+                    self.write_weights(job, program, name, &values)?;
+                }
             }
             self.save(program)?;
             outcome = Some(result);
+        }
+        if self.at.epoch < config.epochs {
+            eprintln!(
+                "no better top-1 for {} epochs: the run ends early",
+                self.at.stale
+            );
+        }
+        let values = program.values()?;
+        if program.head_alone() {
+            self.write_weights(job, program, "last", &values)?;
+            let best = self.best.take();
+            self.write_weights(job, program, "best", best.as_ref().unwrap_or(&values))?;
+            self.best = best;
         }
         match outcome {
             Some(o) => Ok(o),
             // Resumed when all epochs were done: only the report is made again.
             None => {
-                evaluator.set_params(&read_params(program.exec.as_mut())?)?;
-                evaluator.run(data.test.clone(), "evaluating", Some(stop))
+                parts.evaluator.set_params(&values)?;
+                parts.evaluator.run(&parts.test, "evaluating", Some(stop))
             }
         }
+    }
+
+    fn write_weights(
+        &self,
+        job: &Job,
+        program: &mut Program,
+        name: &str,
+        values: &[Vec<f32>],
+    ) -> Result<()> {
+        let path = self.dir.join(format!("checkpoints/{name}.safetensors"));
+        program.save(&path, values, self.at.step, &job.metadata()?)
     }
 
     fn row(
@@ -397,15 +430,41 @@ impl Run {
         }
     }
 
+    /// The error of a run that cannot go on because `what` is not finite.
+    fn diverged(&self, job: &Job, program: &mut Program, what: &str) -> Error {
+        let step = self.at.step + 1;
+        let place = format!(
+            "{what} is not finite at step {step} (epoch {}, batch {})",
+            self.at.epoch + 1,
+            self.at.batch + 1
+        );
+        let first = match first_not_finite(job.backend, &job.spec(), program, step) {
+            Ok(found) => format!("the first value that is not is {found}"),
+            Err(e) => format!("where the first such value is could not be found: {e}"),
+        };
+        let kept = if self.dir.join("checkpoints/resume.safetensors").exists() {
+            format!(
+                "The last good checkpoint is kept in {}.",
+                self.dir.join("checkpoints").display()
+            )
+        } else {
+            "No checkpoint had been written yet.".to_string()
+        };
+        Error::run(format!(
+            "{place}; {first}.\n{kept} Try a lower --lr, --warmup-epochs or --clip 1."
+        ))
+    }
+
     /// The batches of the epoch under way that are left.
     fn epoch(
         &mut self,
-        config: &TrainConfig,
+        job: &Job,
         program: &mut Program,
-        loader: &mut Loader,
-        batches: u64,
+        parts: &mut Parts,
         stop: &AtomicBool,
     ) -> Result<()> {
+        let config = job.config();
+        let batches = parts.batches;
         let per_epoch = batches / config.accumulate as u64;
         let mut progress = Progress::new(
             &format!("epoch {}/{}", self.at.epoch + 1, config.epochs),
@@ -414,71 +473,36 @@ impl Run {
         let mut saved = Instant::now();
         while self.at.batch < batches {
             let clock = Instant::now();
-            let Some(mut batch) = loader.next_batch()? else {
+            let Some(mut batch) = parts.feed.next_batch()? else {
                 return Err(Error::run("the data ended before the epoch did"));
             };
-            // Slots that only repeat an image (unreadable ones were left out) do not count.
-            batch.labels[batch.valid..].fill(IGNORED);
-            let exec = program.exec.as_mut();
-            exec.write(program.input, &batch.images)?;
-            exec.write_u32(program.labels, &batch.labels)?;
-            if let Some(m) = program.affine {
-                exec.write(m, bytemuck::cast_slice(&batch.affine))?;
-            }
-            let number = self.at.epoch * batches + self.at.batch;
-            if let Some(rng) = program.rng {
-                exec.write_u32(
-                    rng,
-                    &[
-                        config.seed as u32,
-                        (config.seed >> 32) as u32,
-                        number as u32,
-                        0,
-                    ],
-                )?;
-            }
-            let update = (self.at.batch + 1).is_multiple_of(config.accumulate as u64);
-            let lr = config.lr_at(self.at.step, per_epoch);
-            if update {
-                exec.write(
-                    program.update.hyper,
-                    &program.update.hyper_values(self.at.step + 1, lr),
-                )?;
-                exec.run(&[Phase::Forward, Phase::Backward, Phase::Optimizer])?;
-            } else {
-                exec.run(&[Phase::Forward, Phase::Backward])?;
-            }
-            let loss = f64::from(exec.read(program.loss)?[0]);
-            let logits = exec.read(program.logits)?;
-            let classes = logits.len() / batch.labels.len();
-            let right = count_right(&logits, &batch.labels[..batch.valid], classes);
-            let norm = match program.update.norm.filter(|_| update) {
-                Some(t) => Some(f64::from(exec.read(t)?[0])),
+            let said = match &mut parts.teacher {
+                Some(t) => Some(t.ask(&batch.images)?),
                 None => None,
             };
-            if !loss.is_finite() {
-                return Err(Error::run(format!(
-                    "the loss became {loss} at epoch {}, batch {}; the checkpoint before it is kept (try a lower --lr or --clip 1)",
-                    self.at.epoch + 1,
-                    self.at.batch + 1
-                )));
-            }
+            let number = self.at.epoch * batches + self.at.batch;
+            let seed = [config.seed as u32, (config.seed >> 32) as u32];
+            let key = [seed[0], seed[1], number as u32, 0];
+            program.feed(&mut batch, key, said.as_ref())?;
+            let update = (self.at.batch + 1).is_multiple_of(config.accumulate as u64);
+            let lr = config.lr_at(self.at.step, per_epoch);
+            let done = self.step(job, program, &batch, lr, update)?;
             let at = &mut self.at;
             at.batch += 1;
-            at.loss_sum += loss;
-            at.right += right as u64;
+            at.loss_sum += done.loss;
+            at.right += done.right as u64;
             at.images += batch.valid as u64;
             at.seconds += clock.elapsed().as_secs_f64();
-            let top1 = 100.0 * right as f64 / batch.valid.max(1) as f64;
+            let top1 = 100.0 * done.right as f64 / batch.valid.max(1) as f64;
             if update {
                 at.step += 1;
                 let event = StepEvent {
                     step: at.step,
                     epoch: at.epoch + 1,
-                    loss,
+                    loss: done.loss,
                     top1,
                     lr,
-                    grad_norm: norm,
+                    grad_norm: done.norm,
                     seconds: clock.elapsed().as_secs_f64(),
                 };
                 self.events.append(&event)?;
@@ -488,10 +512,17 @@ impl Run {
                 self.at.loss_sum / self.at.batch as f64,
                 top1,
             );
-            loader.recycle(batch);
+            parts.feed.recycle(batch);
             let stopped = stop.load(Ordering::Relaxed);
             if update && self.at.batch < batches && (stopped || saved.elapsed() > CHECKPOINT_EVERY)
             {
+                if read_params(program.exec.as_mut())?
+                    .iter()
+                    .flatten()
+                    .any(|v| !v.is_finite())
+                {
+                    return Err(self.diverged(job, program, "a weight"));
+                }
                 self.save(program)?;
                 saved = Instant::now();
             }
@@ -508,26 +539,66 @@ impl Run {
         Ok(())
     }
 
+    /// Forward, and where the loss is finite backward and the update. (A weight that an update made worse is found by
+    /// the next forward pass, before another update.)
+    fn step(
+        &self,
+        job: &Job,
+        program: &mut Program,
+        batch: &Batch,
+        lr: f64,
+        update: bool,
+    ) -> Result<Done> {
+        program.exec.run(&[Phase::Forward])?;
+        let loss = f64::from(program.exec.read(program.loss)?[0]);
+        if !loss.is_finite() {
+            return Err(self.diverged(job, program, &format!("the loss ({loss})")));
+        }
+        let logits = program.exec.read(program.logits)?;
+        let right = count_right(
+            &logits,
+            &batch.labels[..batch.valid],
+            logits.len() / batch.labels.len(),
+        );
+        if !update {
+            program.exec.run(&[Phase::Backward])?;
+            let norm = None;
+            return Ok(Done { loss, right, norm });
+        }
+        let number = self.at.step + 1;
+        let hyper = program.update.hyper_values(number, lr);
+        program.exec.write(program.update.hyper, &hyper)?;
+        if let Some(ema) = program.update.ema {
+            let values = Update::ema_values(job.config().ema, number);
+            program.exec.write(ema, &values)?;
+        }
+        program.exec.run(&[Phase::Backward, Phase::Optimizer])?;
+        let norm = match program.update.norm {
+            Some(t) => Some(f64::from(program.exec.read(t)?[0])),
+            None => None,
+        };
+        Ok(Done { loss, right, norm })
+    }
+
     fn report(
         self,
         job: &Job,
         place: &RunPlace,
-        data: &RunData,
         program: &Program,
         last: Outcome,
     ) -> Result<RunReport> {
-        let config = job.config;
+        let (config, data, model) = (job.config(), job.data, &job.setup.model);
         let subject = Subject {
-            model: job.model.id.clone(),
+            model: model.id.clone(),
             data: format!("{} (test)", config.data),
             backend: job.backend.name().into(),
         };
         let report = RunReport {
-            name: job.model.id.clone(),
-            model: job.model.id.clone(),
-            family: plot::Family::of(&job.model.id),
+            name: model.id.clone(),
+            model: model.id.clone(),
+            family: plot::Family::of(&model.id),
             data: config.data.clone(),
-            params: program.params as u64,
+            params: program.params.0 as u64,
             flops: Some(program.flops),
             epochs: read_metrics(&self.dir.join("metrics.csv"))?,
             samples: samples(&data.test, &last, &data.classes)?,
@@ -550,6 +621,31 @@ impl Run {
         }
         Ok(report)
     }
+}
+
+/// What came of a batch.
+struct Done {
+    loss: f64,
+    right: usize,
+    norm: Option<f64>,
+}
+
+/// The best values of a classifier that is trained alone, from a file of [`write_resume`].
+fn read_best(file: &WeightFile, program: &mut Program) -> Result<Option<Vec<Vec<f32>>>> {
+    let graph = program.exec.graph();
+    let names: Vec<String> = graph
+        .params
+        .iter()
+        .map(|p| format!("best/{}", p.name))
+        .collect();
+    if !names.iter().all(|n| file.has(n)) {
+        return Ok(None);
+    }
+    names
+        .iter()
+        .map(|n| file.read_f32(n))
+        .collect::<Result<_>>()
+        .map(Some)
 }
 
 /// Rows of `[rows, classes]` logits whose largest is at the label. NaN is never right.
@@ -590,9 +686,19 @@ fn samples(images: &Images, outcome: &Outcome, classes: &[String]) -> Result<Vec
     let side = images.preprocess().size;
     let name = |c: u32| classes.get(c as usize).map_or("?", String::as_str);
     let mut scratch = images.scratch()?;
+    // An image that could not be read has no prediction: places differ.
+    let place: HashMap<u32, usize> = images
+        .split()
+        .indices()
+        .iter()
+        .enumerate()
+        .map(|(at, &i)| (i, at))
+        .collect();
     let mut out = vec![];
-    for i in chosen {
-        let q = p[i];
+    for q in chosen.into_iter().map(|i| p[i]) {
+        let Some(&i) = place.get(&q.index) else {
+            continue;
+        };
         let right = q.class == q.label;
         let made = images.with_square(i, &mut scratch, |rgb| {
             Sample::new(

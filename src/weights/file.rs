@@ -159,6 +159,11 @@ impl WeightFile {
         &self.path
     }
 
+    /// The whole file, for its checksum.
+    pub fn contents(&self) -> &[u8] {
+        self.bytes.as_slice()
+    }
+
     /// Size of the whole file in bytes.
     pub fn file_bytes(&self) -> usize {
         self.bytes.as_slice().len()

@@ -36,13 +36,29 @@ enum Source {
 /// weights is ever held.
 #[derive(Clone, Debug)]
 pub struct Loaded {
-    /// How the file names the parameters.
+    /// How a file of this network names the parameters.
     pub names: FileNames,
+    /// Where this file has them, where that is elsewhere (a network with fewer blocks than the file's).
+    entries: Option<Vec<Vec<String>>>,
     /// By place in [`Graph::params`].
     sources: Vec<Source>,
 }
 
 impl Loaded {
+    /// The same file for a network whose parameter `i` is number `places[i]` of this one's, and has `names`.
+    pub(crate) fn remapped(&self, places: &[usize], names: FileNames) -> Loaded {
+        let entries = places.iter().map(|&i| self.entries_of(i).to_vec());
+        Loaded {
+            names,
+            entries: Some(entries.collect()),
+            sources: places.iter().map(|&i| self.sources[i]).collect(),
+        }
+    }
+
+    fn entries_of(&self, i: usize) -> &[String] {
+        &self.entries.as_ref().unwrap_or(&self.names.entries)[i]
+    }
+
     /// Whether parameter `i` is in the file (a replaced classifier is not).
     pub fn has(&self, i: usize) -> bool {
         self.sources[i] != Source::Initial
@@ -59,18 +75,18 @@ impl Loaded {
             Source::Initial => Ok(None),
             Source::Entries => {
                 let mut data = Vec::with_capacity(shape.iter().product());
-                for piece in &self.names.entries[i] {
+                for piece in self.entries_of(i) {
                     data.extend(file.read_f32(piece)?);
                 }
                 Ok(Some(from_torch(data, shape, p.layout)))
             }
             Source::Positions(side, grid, mode) => {
-                let table = file.read_f32(&self.names.entries[i][0])?;
+                let table = file.read_f32(&self.entries_of(i)[0])?;
                 let prefix = shape[1] - grid.0 * grid.1;
                 interpolate_pos(&table, (side, side), grid, shape[2], prefix, mode).map(Some)
             }
             Source::Relative(side) => {
-                let table = file.read_f32(&self.names.entries[i][0])?;
+                let table = file.read_f32(&self.entries_of(i)[0])?;
                 let across = |side: usize| (2 * side - 1, 2 * side - 1);
                 let to = across(window_of(shape[0]).unwrap_or(1));
                 // As the paper's code and timm's `resize_rel_pos_bias_table_simple`.
@@ -213,6 +229,7 @@ pub fn load(
     misfits.report(model, file, &scheme, found.as_deref(), graph.params.len())?;
     Ok(Loaded {
         sources,
+        entries: None,
         names: FileNames {
             scheme,
             entries,
@@ -495,6 +512,33 @@ pub fn classes_of(file: &WeightFile) -> Option<usize> {
         Some(e) => *e.shape.first()?,
         None => 0,
     })
+}
+
+/// The id of the network that a file seems to hold, where it is one of the known ones.
+pub fn model_of(file: &WeightFile) -> Option<Model> {
+    let looks = identify(file)?;
+    let name = looks.split(' ').next()?;
+    let scheme = Scheme::of(file)?;
+    let size = match scheme.naming {
+        n if n.is_swin() => match name.strip_suffix("window12") {
+            Some(_) => "_384".to_string(),
+            None => "_224".to_string(),
+        },
+        Naming::HfDinov2 | Naming::Torch => String::new(),
+        _ if scheme.naming.family() == Family::Vit => {
+            let tokens = scheme.entry(file, "pos_embed")?.shape.get(1)?;
+            let patch: usize = name.rsplit("patch").next()?.parse().ok()?;
+            format!("_{}", tokens.isqrt() * patch)
+        }
+        _ => String::new(),
+    };
+    let classes = classes_of(file).filter(|&c| c > 0);
+    let found = crate::models::find(&format!("{name}{size}")).ok()?;
+    let linear = format!("{}_imagenet1k_1_layer", found.id);
+    match (scheme.reads_cls_mean(file), classes) {
+        (true, Some(_)) => crate::models::find(&linear).ok(),
+        _ => Some(found),
+    }
 }
 
 /// What network a file seems to hold, for people: `vit_base_patch16 of timm (12 blocks of width 768, 1000 classes)`.
