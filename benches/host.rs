@@ -8,7 +8,9 @@ use std::hint::black_box;
 use std::sync::Arc;
 use tilewright::backend::cuda::sim_present;
 use tilewright::backend::{CompileOptions, open};
-use tilewright::data::{Augment, Images, Loader, LoaderOptions, OpenOptions, open as open_data};
+use tilewright::data::{
+    Augment, Feed, Images, Loader, LoaderOptions, OpenOptions, open as open_data,
+};
 use tilewright::graph::fuse::{Purpose, fuse};
 use tilewright::graph::plan::{Limits, Memory};
 use tilewright::graph::{Graph, Mode, Phase, Spec};
@@ -22,6 +24,7 @@ fn augmentation() -> Augment {
         crop_pad: 4,
         rotate_degrees: 10.0,
         translate: 0.1,
+        ..Augment::default()
     }
 }
 
@@ -55,7 +58,7 @@ fn loader(c: &mut Criterion) {
         let a = augmentation();
         b.iter(|| {
             for i in 0..128 {
-                black_box(a.affine(32, 1, 2, i));
+                black_box(a.draw(32, 1, 2, i).map);
             }
         });
     });

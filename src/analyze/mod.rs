@@ -6,7 +6,7 @@ pub mod picture;
 pub mod receptive;
 
 use crate::Result;
-use crate::data::{Batch, Images, Loader, LoaderOptions};
+use crate::data::{Batch, Feed, Images, Loader, LoaderOptions};
 use crate::models::session::Session;
 use crate::report::progress::Progress;
 use std::sync::Arc;

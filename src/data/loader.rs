@@ -397,8 +397,8 @@ impl Shared {
         batch.valid = 0;
         let from = batch.step * n;
         let (seed, epoch) = (self.options.seed, batch.epoch);
-        for place in from..order.len().min(from + n) {
-            let position = order[place];
+        let here = &order[from..order.len().min(from + n)];
+        for (place, &position) in (from..).zip(here) {
             let slot = batch.valid;
             let index = self.images.split().indices()[position as usize];
             let repetition = place as u32 % self.options.repeats.max(1);
