@@ -14,7 +14,7 @@ use tilewright::analyze::cka::{self, Cka, gram};
 use tilewright::analyze::receptive::{self, Field};
 use tilewright::analyze::{for_batches, picture};
 use tilewright::backend::Backend;
-use tilewright::data::{self, Images, OpenOptions, PrepareOptions, Preprocess, decode_file};
+use tilewright::data::{self, Feed, Images, OpenOptions, PrepareOptions, Preprocess, decode_file};
 use tilewright::models::session::{Session, SessionOptions};
 use tilewright::models::{Arch, ModelOptions, Net};
 use tilewright::philox::Philox;
