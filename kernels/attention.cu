@@ -18,14 +18,14 @@
 //            as softmax is defined. Any head size.
 //   1 simt   float32. 256 threads as 16 x 16, a thread BLOCK/16 x TILE/16 scores in registers; every value loaded from
 //            shared memory feeds four products. Probabilities change hands through shared memory.
-//            Shared memory, D = 64: forward 72,704 bytes, backward 90,112.
+//            Shared memory, D = 64: forward 72,704 bytes, dq 90,112, dkv 90,624.
 //   2 mma    tensor cores. 4 warps of 16 rows; scores stay in registers and become, as they lie, the left operand of
 //            the second product. Operands are rounded when staged, not in a pass before: each is staged by a few
 //            blocks only, and q, k and v lie interleaved. Lines of a tile are 16 bytes longer than they need be, so
 //            that eight of them begin in eight different groups of banks. Shared memory, D = 64, bf16: forward 27,648
-//            bytes, backward 36,864.
+//            bytes, dq 36,864, dkv 27,904.
 
-#include "common/mma.cuh"
+#include "common/flash.cuh"
 
 #ifndef RUNG
 #define RUNG 2
@@ -37,19 +37,11 @@
 #define ELEMENT bf16
 #endif
 
-#define LOWEST __uint_as_float(0xff800000u)  // minus infinity
-
 #ifndef ROUND
 #define ROUND 0
 #endif
 
-// An operand in the run's precision. Every rung rounds alike: with one's lse and another's scores, probabilities would
-// not sum to one where scores are large.
-__device__ __forceinline__ float rounded(float x) {
-    if constexpr (ROUND == 1) return __uint_as_float(tf32_round(x));
-    if constexpr (ROUND == 2) return __uint_as_float(bf16_pair(0.0f, x) & 0xffff0000u);
-    return x;
-}
+__device__ __forceinline__ float rounded(float x) { return rounded_to<ROUND>(x); }
 
 struct Heads {
     unsigned tokens, heads, rows;  // rows: of all heads and images
@@ -70,20 +62,6 @@ struct Head {
     __device__ size_t at(unsigned part, unsigned token) const { return qkv + (size_t(token) * 3 + part) * width; }
     __device__ size_t at_out(unsigned token) const { return out + size_t(token) * width; }
 };
-
-template <int LANES>
-__device__ __forceinline__ float sum_of(float v) {
-#pragma unroll
-    for (int m = LANES / 2; m > 0; m /= 2) v += __shfl_xor_sync(0xffffffffu, v, m);
-    return v;
-}
-
-template <int LANES>
-__device__ __forceinline__ float max_of(float v) {
-#pragma unroll
-    for (int m = LANES / 2; m > 0; m /= 2) v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, m));
-    return v;
-}
 
 // A warp per row; the same for every rung. Grid: rows / 4, 128 threads.
 extern "C" __global__ void __launch_bounds__(128)
@@ -214,30 +192,14 @@ private:
         : head(h, blockIdx.x / blocks), first(blockIdx.x % blocks * block) {}
 };
 
-// Four channels of a row of a gradient or a result, from channel d on.
-__device__ __forceinline__ void store_channels(float* row, int d, const float (&v)[4]) {
-    if constexpr (VEC == 4) {
-        if (d < D) *reinterpret_cast<float4*>(row + d) = make_float4(v[0], v[1], v[2], v[3]);
-    } else {
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-            if (d + e < D) row[d + e] = v[e];
+// Passing queries' lse (times `factor`) and delta, COUNT each, into shared memory; zeros beyond the last token.
+template <int COUNT>
+__device__ __forceinline__ void stage_stats(float* to, const float* lse, const float* delta, float factor, unsigned first, unsigned tokens) {
+    for (int i = threadIdx.x; i < COUNT; i += blockDim.x) {
+        const bool there = first + i < tokens;
+        to[i] = there ? lse[first + i] * factor : 0.0f;
+        to[COUNT + i] = there ? delta[first + i] : 0.0f;
     }
-}
-
-// Four channels from channel d on of a token that is one, else zeros.
-__device__ __forceinline__ float4 load_channels(const float* row, int d, bool there) {
-    float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    if (!there) return v;
-    if constexpr (VEC == 4) {
-        if (d < D) v = *reinterpret_cast<const float4*>(row + d);
-    } else {
-        if (d < D) v.x = row[d];
-        if (d + 1 < D) v.y = row[d + 1];
-        if (d + 2 < D) v.z = row[d + 2];
-        if (d + 3 < D) v.w = row[d + 3];
-    }
-    return v;
 }
 
 #endif
@@ -254,7 +216,7 @@ __device__ __forceinline__ void stage(float* to, const float* from, size_t strid
 #pragma unroll 2
     for (int i = threadIdx.x; i < ROWS * (DP / 4); i += 256) {
         const int row = i / (DP / 4), d = i % (DP / 4) * 4;
-        const float4 v = load_channels(from + (first + row) * stride, d, first + row < tokens);
+        const float4 v = load_channels<D, VEC>(from + (first + row) * stride, d, first + row < tokens);
         *reinterpret_cast<float4*>(to + row * PITCH + d) = make_float4(rounded(v.x), rounded(v.y), rounded(v.z), rounded(v.w));
     }
 }
@@ -332,9 +294,9 @@ __device__ __forceinline__ void put_row(float* row, const float (&o)[PIECES * PI
 #pragma unroll
     for (int n = 0; n < PIECES; ++n) {
         const int d = PIECE * (tx + 16 * n);
-        if constexpr (PIECE == 4 && VEC == 4) {
-            if (d < D)
-                *reinterpret_cast<float4*>(row + d) = make_float4(o[4 * n] * factor, o[4 * n + 1] * factor, o[4 * n + 2] * factor, o[4 * n + 3] * factor);
+        if constexpr (PIECE == 4) {
+            const float v[4] = {o[4 * n] * factor, o[4 * n + 1] * factor, o[4 * n + 2] * factor, o[4 * n + 3] * factor};
+            store_channels<D, VEC>(row, d, v);
         } else {
 #pragma unroll
             for (int k = 0; k < PIECE; ++k)
@@ -410,6 +372,7 @@ __device__ __forceinline__ void backward(const float* __restrict__ qkv, const fl
     float* b = ga + BLOCK * PITCH;                          // k or q
     float* gb = b + TILE * PITCH;                           // v or dout
     float* p = gb + TILE * PITCH;
+    float* stats = p + BLOCK * SCORE_PITCH;                 // of the passing queries
     const Rows rows(h, BLOCK);
     const Head& head = rows.head;
     const size_t stride = 3 * size_t(head.width);
@@ -417,11 +380,19 @@ __device__ __forceinline__ void backward(const float* __restrict__ qkv, const fl
     const int ty = threadIdx.x / 16, tx = threadIdx.x % 16;
     stage<BLOCK>(a, KEYS ? k : q, stride, rows.first, h.tokens);
     stage<BLOCK>(ga, KEYS ? v : g, KEYS ? stride : head.width, rows.first, h.tokens);
-    float da[TR][OWN] = {}, dv[KEYS ? TR : 1][OWN] = {};
+    float da[TR][OWN] = {}, dv[KEYS ? TR : 1][OWN] = {}, row_lse[TR], row_delta[TR];
+    if constexpr (!KEYS) {
+#pragma unroll
+        for (int i = 0; i < TR; ++i) {
+            const unsigned row = min(rows.first + ty + 16 * i, h.tokens - 1);
+            row_lse[i] = lse[head.row + row], row_delta[i] = delta[head.row + row];
+        }
+    }
     for (unsigned c0 = 0; c0 < h.tokens; c0 += TILE) {
         __syncthreads();
         stage<TILE>(b, KEYS ? q : k, stride, c0, h.tokens);
         stage<TILE>(gb, KEYS ? g : v, KEYS ? head.width : stride, c0, h.tokens);
+        if constexpr (KEYS) stage_stats<TILE>(stats, lse + head.row, delta + head.row, 1.0f, c0, h.tokens);
         __syncthreads();
         float s[TR][TC], dp[TR][TC];
         scores(s, a, b);
@@ -430,10 +401,10 @@ __device__ __forceinline__ void backward(const float* __restrict__ qkv, const fl
         for (int i = 0; i < TR; ++i)
 #pragma unroll
             for (int j = 0; j < TC; ++j) {
-                const unsigned row = rows.first + ty + 16 * i, column = c0 + tx + 16 * j, query = KEYS ? column : row;
+                const unsigned row = rows.first + ty + 16 * i, column = c0 + tx + 16 * j;
                 const bool pair = row < h.tokens && column < h.tokens;
-                const float e = pair ? expf(s[i][j] * h.scale - lse[head.row + query]) : 0.0f;
-                dp[i][j] = pair ? e * (dp[i][j] - delta[head.row + query]) : 0.0f;
+                const float e = pair ? expf(s[i][j] * h.scale - (KEYS ? stats[tx + 16 * j] : row_lse[i])) : 0.0f;
+                dp[i][j] = pair ? e * (dp[i][j] - (KEYS ? stats[TILE + tx + 16 * j] : row_delta[i])) : 0.0f;
                 s[i][j] = e;
             }
         if constexpr (KEYS) {
@@ -461,9 +432,8 @@ constexpr int THREADS = 256, BLOCKS = 1;  // shared memory allows no second bloc
 
 using T = ELEMENT;
 constexpr int THREADS = 128, BLOCKS = 2;
-constexpr int DEPTH = Tensor<T>::DEPTH;
-constexpr int PITCH = DP * int(sizeof(T)) + 16;  // bytes of a tile's line
-constexpr float LOG2_E = 1.44269504f;
+using F = Flash<T, DP>;
+constexpr int PITCH = F::PITCH;
 
 extern __shared__ uint4 attention_shared[];
 
@@ -472,79 +442,13 @@ __device__ __forceinline__ void stage(char* to, const float* from, size_t stride
 #pragma unroll 2
     for (int i = threadIdx.x; i < ROWS * (DP / 4); i += THREADS) {
         const int row = i / (DP / 4), d = i % (DP / 4) * 4;
-        const float4 v = load_channels(from + (first + row) * stride, d, first + row < tokens);
-        char* at = to + row * PITCH + d * int(sizeof(T));
-        if constexpr (sizeof(T) == 2) {
-            *reinterpret_cast<uint2*>(at) = make_uint2(bf16_pair(v.x, v.y), bf16_pair(v.z, v.w));
-        } else {
-            *reinterpret_cast<uint4*>(at) = make_uint4(tf32_round(v.x), tf32_round(v.y), tf32_round(v.z), tf32_round(v.w));
-        }
-    }
-}
-
-// s = rows row .. row + 15 of tile a times the lines of tile b, over the channels.
-template <int COLUMNS>
-__device__ __forceinline__ void scores(float (&s)[COLUMNS / 8][4], unsigned a, int row, unsigned b) {
-    const int l = threadIdx.x % 32;
-#pragma unroll
-    for (int j = 0; j < COLUMNS / 8; ++j)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) s[j][e] = 0.0f;
-#pragma unroll 2
-    for (int k = 0; k < DP / DEPTH; ++k) {
-        unsigned fa[4];
-        ldmatrix_x4(fa, a + (row + l % 16) * PITCH + (2 * k + l / 16) * 16);
-#pragma unroll
-        for (int j = 0; j < COLUMNS / 16; ++j) {
-            unsigned fb[4];
-            ldmatrix_x4(fb, b + (16 * j + l % 8 + l / 16 * 8) * PITCH + (2 * k + l / 8 % 2) * 16);
-            Tensor<T>::mma(s[2 * j], fa, fb[0], fb[1]);
-            Tensor<T>::mma(s[2 * j + 1], fa, fb[2], fb[3]);
-        }
-    }
-}
-
-// o += s b: s as the first product left it. A bf16 fragment a is two result fragments side by side, rounded; a tf32
-// fragment a is one whose columns 2t and 2t + 1 are called t and t + 4, and so are then the lines of b: a sum does not
-// mind the order of its terms.
-template <int COLUMNS>
-__device__ __forceinline__ void apply(float (&o)[DP / 8][4], const float (&s)[COLUMNS / 8][4], unsigned b) {
-    const int l = threadIdx.x % 32;
-#pragma unroll
-    for (int k = 0; k < COLUMNS / DEPTH; ++k) {
-        unsigned fa[4];
-        if constexpr (sizeof(T) == 2) {
-            fa[0] = bf16_pair(s[2 * k][0], s[2 * k][1]), fa[1] = bf16_pair(s[2 * k][2], s[2 * k][3]);
-            fa[2] = bf16_pair(s[2 * k + 1][0], s[2 * k + 1][1]), fa[3] = bf16_pair(s[2 * k + 1][2], s[2 * k + 1][3]);
-        } else {
-            fa[0] = tf32_round(s[k][0]), fa[1] = tf32_round(s[k][2]);
-            fa[2] = tf32_round(s[k][1]), fa[3] = tf32_round(s[k][3]);
-        }
-#pragma unroll
-        for (int n = 0; n < DP / 16; ++n) {
-            unsigned fb[4];
-            if constexpr (sizeof(T) == 2) {
-                ldmatrix_x4_trans(fb, b + (16 * k + l % 16) * PITCH + (2 * n + l / 16) * 16);
-            } else {
-                const unsigned at = b + (8 * k + 2 * (l % 4)) * PITCH + (16 * n + l / 4) * 4;
-                fb[0] = shared_word(at), fb[1] = shared_word(at + PITCH);
-                fb[2] = shared_word(at + 32), fb[3] = shared_word(at + PITCH + 32);
-            }
-            Tensor<T>::mma(o[2 * n], fa, fb[0], fb[1]);
-            Tensor<T>::mma(o[2 * n + 1], fa, fb[2], fb[3]);
-        }
+        F::put(to, row, d, load_channels<D, VEC>(from + (first + row) * stride, d, first + row < tokens));
     }
 }
 
 // Fragments of 16 rows, the first of which is token `first`, to memory; `base` is token 0, channel 0.
 __device__ __forceinline__ void put_rows(float* base, size_t stride, unsigned first, unsigned tokens, const float (&o)[DP / 8][4]) {
-    const unsigned token = first + fragment_row();
-#pragma unroll
-    for (int n = 0; n < DP / 8; ++n) {
-        float v[4];
-        fragment_rows(v, o[n]);
-        if (token < tokens) store_channels(base + token * stride, 8 * n + fragment_column(), v);
-    }
+    F::put_rows<D, VEC>(o, [&](int row) { return first + row < tokens ? base + (first + row) * stride : nullptr; });
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 3)
@@ -566,32 +470,14 @@ attention_forward(const float* __restrict__ qkv, float* __restrict__ out, float*
         stage<TILE>(v, qkv + head.at(2, 0), stride, c0, h.tokens);
         __syncthreads();
         float s[TILE / 8][4];
-        scores<TILE>(s, sq, row, sk);
+        F::scores<TILE>(s, sq, row, sk);
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            float most = top[half];
+        for (int j = 0; j < TILE / 8; ++j)
 #pragma unroll
-            for (int j = 0; j < TILE / 8; ++j)
+            for (int e = 0; e < 4; ++e) s[j][e] = c0 + 8 * j + 2 * t + e % 2 < h.tokens ? s[j][e] * factor : LOWEST;
 #pragma unroll
-                for (int e = 2 * half; e < 2 * half + 2; ++e) {
-                    s[j][e] = c0 + 8 * j + 2 * t + e % 2 < h.tokens ? s[j][e] * factor : LOWEST;
-                    most = fmaxf(most, s[j][e]);
-                }
-            most = max_of<4>(most);
-            const float shrink = exp2f(top[half] - most);
-            top[half] = most;
-            sum[half] *= shrink;
-#pragma unroll
-            for (int j = 0; j < TILE / 8; ++j)
-#pragma unroll
-                for (int e = 2 * half; e < 2 * half + 2; ++e) {
-                    s[j][e] = exp2f(s[j][e] - most);
-                    sum[half] += s[j][e];
-                }
-#pragma unroll
-            for (int n = 0; n < DP / 8; ++n) o[n][2 * half] *= shrink, o[n][2 * half + 1] *= shrink;
-        }
-        apply<TILE>(o, s, sv);
+        for (int half = 0; half < 2; ++half) F::soften<TILE>(s, half, top[half], sum[half], o);
+        F::apply<TILE>(o, s, sv);
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -611,6 +497,7 @@ __device__ __forceinline__ void backward(const float* __restrict__ qkv, const fl
     char* ga = a + BLOCK * PITCH;
     char* b = ga + BLOCK * PITCH;
     char* gb = b + TILE * PITCH;
+    float* stats = reinterpret_cast<float*>(gb + TILE * PITCH);  // of the passing queries
     const unsigned sa = shared_address(a), sga = shared_address(ga), sb = shared_address(b), sgb = shared_address(gb);
     const Rows rows(h, BLOCK);
     const Head& head = rows.head;
@@ -620,27 +507,35 @@ __device__ __forceinline__ void backward(const float* __restrict__ qkv, const fl
     stage<BLOCK>(a, KEYS ? k : q, stride, rows.first, h.tokens);
     stage<BLOCK>(ga, KEYS ? v : dy, KEYS ? stride : head.width, rows.first, h.tokens);
     const float factor = h.scale * LOG2_E;
-    float da[DP / 8][4] = {}, dv[KEYS ? DP / 8 : 1][4] = {};
+    float da[DP / 8][4] = {}, dv[KEYS ? DP / 8 : 1][4] = {}, row_lse[2], row_delta[2];
+    if constexpr (!KEYS) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const unsigned r = min(rows.first + row + g + 8 * half, h.tokens - 1);
+            row_lse[half] = lse[head.row + r] * LOG2_E, row_delta[half] = delta[head.row + r];
+        }
+    }
     for (unsigned c0 = 0; c0 < h.tokens; c0 += TILE) {
         __syncthreads();
         stage<TILE>(b, KEYS ? q : k, stride, c0, h.tokens);
         stage<TILE>(gb, KEYS ? dy : v, KEYS ? head.width : stride, c0, h.tokens);
+        if constexpr (KEYS) stage_stats<TILE>(stats, lse + head.row, delta + head.row, LOG2_E, c0, h.tokens);
         __syncthreads();
         float s[TILE / 8][4], dp[TILE / 8][4];
-        scores<TILE>(s, sa, row, sb);
-        scores<TILE>(dp, sga, row, sgb);
+        F::scores<TILE>(s, sa, row, sb);
+        F::scores<TILE>(dp, sga, row, sgb);
 #pragma unroll
         for (int j = 0; j < TILE / 8; ++j)
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                const unsigned r = rows.first + row + g + e / 2 * 8, c = c0 + 8 * j + 2 * t + e % 2, query = KEYS ? c : r;
-                const bool pair = r < h.tokens && c < h.tokens;
-                const float p = pair ? exp2f(s[j][e] * factor - lse[head.row + query] * LOG2_E) : 0.0f;
-                dp[j][e] = pair ? p * (dp[j][e] - delta[head.row + query]) : 0.0f;
+                const int at = 8 * j + 2 * t + e % 2;
+                const bool pair = rows.first + row + g + e / 2 * 8 < h.tokens && c0 + at < h.tokens;
+                const float p = pair ? exp2f(s[j][e] * factor - (KEYS ? stats[at] : row_lse[e / 2])) : 0.0f;
+                dp[j][e] = pair ? p * (dp[j][e] - (KEYS ? stats[TILE + at] : row_delta[e / 2])) : 0.0f;
                 s[j][e] = p;
             }
-        if constexpr (KEYS) apply<TILE>(dv, s, sgb);
-        apply<TILE>(da, dp, sb);
+        if constexpr (KEYS) F::apply<TILE>(dv, s, sgb);
+        F::apply<TILE>(da, dp, sb);
     }
 #pragma unroll
     for (int n = 0; n < DP / 8; ++n)

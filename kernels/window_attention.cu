@@ -1,20 +1,31 @@
-// Attention within shifted windows of [N, H, W, 3 * heads * dim] (Swin), forward and backward, in float32. A plain rung: a
-// thread owns one query (or key) of one window's head with its vectors in registers; keys and values (queries and their
-// gradients) pass by in tiles of TILE through shared memory, where all threads read the same address at a time. Windows
-// are addresses only, and what wraps round is masked by -100. Softmax online; the backward pass computes the scores again.
+// Attention within shifted windows of [N, H, W, 3 * heads * dim] (Swin), forward and backward. Windows are addresses only;
+// what wraps round is masked by -100; the relative position table's column of a head lies in shared memory. Softmax online;
+// the backward pass computes the scores again, and every result has one owner and one order. The ladder:
+//   0 plain  a thread owns one query (or key) of one window's head with its vectors in registers; keys and values (queries
+//            and their gradients) pass by in tiles of TILE through shared memory, where all threads read the same address
+//            at a time. float32 arithmetic.
+//   1 mma    tensor cores, operands tf32 or bf16: the scheme of attention.cu on 64 rows of a window, 4 warps of 16 rows,
+//            tiles of TILE columns. A window of 49 tokens is one block and one or two tiles. The table's gradient stays in
+//            registers while windows pass by, in place of a recomputation from global memory for every pair.
+//            Dynamic shared memory, 49 tokens of 32 channels, bf16: forward 16.5 KiB, the backward kernels as much or 22 KiB.
 //
-// Compile-time constants: VEC; ITEMS, items of VEC floats of a head; TILE, at most 40 KiB of both tiles; SIDE of a window.
+// Compile-time constants: RUNG; VEC; ITEMS, items of VEC floats of a head; SIDE of a window; TILE (plain: at most 40 KiB of
+// both tiles); ROUND 0, 1 or 2 where operands are rounded to nothing, tf32, bf16; for mma ELEMENT (float for tf32, bf16) and
+// DP, the head size rounded up to 16.
 
+#include "common/flash.cuh"
 #include "common/vec.cuh"
 
-#ifndef ITEMS
+#ifndef RUNG
+#define RUNG 1
 #define ITEMS 8
-#endif
-#ifndef TILE
-#define TILE 16
-#endif
-#ifndef SIDE
+#define TILE 64
 #define SIDE 7
+#define DP 32
+#define ELEMENT bf16
+#endif
+#ifndef ROUND
+#define ROUND 0
 #endif
 
 constexpr unsigned TOKENS = SIDE * SIDE;
@@ -26,6 +37,13 @@ __device__ __forceinline__ float dot(const Item& a, const Item& b, float sum) {
 #pragma unroll
     for (int k = 0; k < VEC; ++k) sum = fmaf(a.v[k], b.v[k], sum);
     return sum;
+}
+
+// An item in the run's precision.
+__device__ __forceinline__ Item rounded(Item x) {
+#pragma unroll
+    for (int k = 0; k < VEC; ++k) x.v[k] = rounded_to<ROUND>(x.v[k]);
+    return x;
 }
 
 // y += a * x
@@ -64,11 +82,6 @@ struct Map {
     }
 };
 
-// The entry of the relative position table for query i and key j.
-__device__ __forceinline__ unsigned entry(unsigned i, unsigned j) {
-    return (i / SIDE + SIDE - 1 - j / SIDE) * (2 * SIDE - 1) + i % SIDE + SIDE - 1 - j % SIDE;
-}
-
 // What a block works on: 64 queries (or keys) from `first`, of a head of a window.
 struct Place {
     unsigned first, head, window;
@@ -77,6 +90,25 @@ struct Place {
 __device__ __forceinline__ Place place(const Map& m) {
     constexpr unsigned blocks = (TOKENS + THREADS - 1) / THREADS;
     return {blockIdx.x % blocks * THREADS, blockIdx.x / blocks % m.heads, blockIdx.x / blocks / m.heads};
+}
+
+// delta[window, head, t] = sum of dout * out over n rows, a warp each.
+extern "C" __global__ void __launch_bounds__(THREADS)
+deltas(Map m, unsigned n, const float* __restrict__ out, const float* __restrict__ dout, float* __restrict__ delta) {
+    const unsigned i = blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
+    if (i >= n) return;
+    const size_t at = m.out(i / TOKENS / m.heads, i / TOKENS % m.heads, i % TOKENS) * VEC;
+    float sum = 0.0f;
+    for (unsigned d = threadIdx.x % 32; d < ITEMS * VEC; d += 32) sum = fmaf(dout[at + d], out[at + d], sum);
+    sum = sum_of<32>(sum);
+    if (threadIdx.x % 32 == 0) delta[i] = sum;
+}
+
+#if RUNG == 0
+
+// The entry of the relative position table for query i and key j.
+__device__ __forceinline__ unsigned entry(unsigned i, unsigned j) {
+    return (i / SIDE + SIDE - 1 - j / SIDE) * (2 * SIDE - 1) + i % SIDE + SIDE - 1 - j % SIDE;
 }
 
 // The head's column of the table into shared memory; the first barrier after it is the first tile's.
@@ -91,8 +123,8 @@ __device__ __forceinline__ void load_keys(Item* a, Item* b, const float* __restr
     for (unsigned e = threadIdx.x; e < TILE * ITEMS; e += THREADS) {
         const unsigned j = j0 + e / ITEMS;
         if (j >= TOKENS) break;
-        a[e] = load_vec<VEC>(qkv, m.qkv(at.window, at.head, j, 1) + e % ITEMS);
-        b[e] = load_vec<VEC>(qkv, m.qkv(at.window, at.head, j, 2) + e % ITEMS);
+        a[e] = rounded(load_vec<VEC>(qkv, m.qkv(at.window, at.head, j, 1) + e % ITEMS));
+        b[e] = rounded(load_vec<VEC>(qkv, m.qkv(at.window, at.head, j, 2) + e % ITEMS));
     }
     __syncthreads();
 }
@@ -109,7 +141,7 @@ forward(Map m, float scale, const float* __restrict__ qkv, const float* __restri
     const size_t from = m.qkv(at.window, at.head, token, 0);
 #pragma unroll
     for (int d = 0; d < ITEMS; ++d) {
-        q[d] = load_vec<VEC>(qkv, from + d);
+        q[d] = rounded(load_vec<VEC>(qkv, from + d));
 #pragma unroll
         for (int k = 0; k < VEC; ++k) q[d].v[k] *= scale;
     }
@@ -149,18 +181,6 @@ forward(Map m, float scale, const float* __restrict__ qkv, const float* __restri
     lse[(at.window * m.heads + at.head) * TOKENS + i] = top + logf(sum);
 }
 
-// delta[window, head, t] = sum of dout * out over n rows
-extern "C" __global__ void __launch_bounds__(THREADS)
-deltas(Map m, unsigned n, const float* __restrict__ out, const float* __restrict__ dout, float* __restrict__ delta) {
-    const unsigned i = blockIdx.x * THREADS + threadIdx.x;
-    if (i >= n) return;
-    const size_t at = m.out(i / TOKENS / m.heads, i / TOKENS % m.heads, i % TOKENS);
-    float sum = 0.0f;
-#pragma unroll
-    for (int d = 0; d < ITEMS; ++d) sum = dot(load_vec<VEC>(dout, at + d), load_vec<VEC>(out, at + d), sum);
-    delta[i] = sum;
-}
-
 // dQ: a query a thread.
 extern "C" __global__ void __launch_bounds__(THREADS)
 backward_q(Map m, float scale, const float* __restrict__ qkv, const float* __restrict__ table,
@@ -175,8 +195,8 @@ backward_q(Map m, float scale, const float* __restrict__ qkv, const float* __res
     const size_t from = m.qkv(at.window, at.head, token, 0), from_out = m.out(at.window, at.head, token);
 #pragma unroll
     for (int d = 0; d < ITEMS; ++d) {
-        q[d] = load_vec<VEC>(qkv, from + d);
-        g[d] = load_vec<VEC>(dout, from_out + d);
+        q[d] = rounded(load_vec<VEC>(qkv, from + d));
+        g[d] = rounded(load_vec<VEC>(dout, from_out + d));
 #pragma unroll
         for (int k = 0; k < VEC; ++k) q[d].v[k] *= scale;
     }
@@ -217,8 +237,8 @@ backward_kv(Map m, float scale, const float* __restrict__ qkv, const float* __re
     const size_t from_k = m.qkv(at.window, at.head, token, 1), from_v = m.qkv(at.window, at.head, token, 2);
 #pragma unroll
     for (int d = 0; d < ITEMS; ++d) {
-        key[d] = load_vec<VEC>(qkv, from_k + d);
-        value[d] = load_vec<VEC>(qkv, from_v + d);
+        key[d] = rounded(load_vec<VEC>(qkv, from_k + d));
+        value[d] = rounded(load_vec<VEC>(qkv, from_v + d));
 #pragma unroll
         for (int k = 0; k < VEC; ++k) key[d].v[k] *= scale;
     }
@@ -227,8 +247,8 @@ backward_kv(Map m, float scale, const float* __restrict__ qkv, const float* __re
         for (unsigned e = threadIdx.x; e < TILE * ITEMS; e += THREADS) {
             const unsigned j = j0 + e / ITEMS;
             if (j >= TOKENS) break;
-            queries[e] = load_vec<VEC>(qkv, m.qkv(at.window, at.head, j, 0) + e % ITEMS);
-            grads[e] = load_vec<VEC>(dout, m.out(at.window, at.head, j) + e % ITEMS);
+            queries[e] = rounded(load_vec<VEC>(qkv, m.qkv(at.window, at.head, j, 0) + e % ITEMS));
+            grads[e] = rounded(load_vec<VEC>(dout, m.out(at.window, at.head, j) + e % ITEMS));
         }
         for (unsigned e = threadIdx.x; e < TILE && j0 + e < TOKENS; e += THREADS) {
             const unsigned row = (at.window * m.heads + at.head) * TOKENS + j0 + e;
@@ -278,8 +298,8 @@ bias_pairs(Map m, unsigned windows, float scale, const float* __restrict__ qkv, 
         float score = 0.0f, dp = 0.0f;
 #pragma unroll
         for (int d = 0; d < ITEMS; ++d) {
-            score = dot(load_vec<VEC>(qkv, q + d), load_vec<VEC>(qkv, key + d), score);
-            dp = dot(load_vec<VEC>(dout, g + d), load_vec<VEC>(qkv, value + d), dp);
+            score = dot(rounded(load_vec<VEC>(qkv, q + d)), rounded(load_vec<VEC>(qkv, key + d)), score);
+            dp = dot(rounded(load_vec<VEC>(dout, g + d)), rounded(load_vec<VEC>(qkv, value + d)), dp);
         }
         const unsigned row = (window * m.heads + head) * TOKENS + i;
         const float mask = m.region(window, i) != m.region(window, j) ? -100.0f : 0.0f;
@@ -287,6 +307,255 @@ bias_pairs(Map m, unsigned windows, float scale, const float* __restrict__ qkv, 
     }
     pairs[(blockIdx.z * m.heads + head) * TOKENS * TOKENS + e] = sum;
 }
+
+#else
+
+constexpr unsigned MMA_THREADS = 128;
+constexpr unsigned PADDED = (TOKENS + 63) / 64 * 64;
+constexpr int D = ITEMS * VEC;
+using F = Flash<ELEMENT, DP>;
+
+extern __shared__ uint4 window_shared[];
+
+// What a block knows of its window and head, at the front of shared memory: the table's column in units of log 2, and of
+// each token its pixel and `key << 2 | region`, where the table's entry for a pair is the difference of the keys + CENTRE.
+// Tokens beyond the last have the values of the first, so that they can be looked up.
+struct Known {
+    float bias[(ENTRIES + 3) / 4 * 4];
+    unsigned pixel[PADDED];
+    unsigned info[PADDED];
+};
+constexpr int CENTRE = (SIDE - 1) * (2 * SIDE - 1) + SIDE - 1;
+constexpr unsigned FRONT = (sizeof(Known) + 15) / 16 * 16;
+
+__device__ __forceinline__ void know_window(Known& known, const Map& m, unsigned window) {
+    for (unsigned t = threadIdx.x; t < PADDED; t += MMA_THREADS) {
+        const unsigned token = t < TOKENS ? t : 0;
+        known.pixel[t] = m.pixel(window, token);
+        known.info[t] = (token / SIDE * (2 * SIDE - 1) + token % SIDE) << 2 | m.region(window, token);
+    }
+}
+
+__device__ __forceinline__ void know_table(Known& known, const Map& m, const float* table, unsigned head) {
+    for (unsigned e = threadIdx.x; e < ENTRIES; e += MMA_THREADS) known.bias[e] = table[e * m.heads + head] * LOG2_E;
+}
+
+// What is added to the score of a query and a key, by their info.
+__device__ __forceinline__ float position(const Known& known, unsigned query, unsigned key) {
+    const float bias = known.bias[int(query >> 2) - int(key >> 2) + CENTRE];
+    return (query ^ key) & 3 ? bias - 100.0f * LOG2_E : bias;
+}
+
+// ROWS tokens from `first` on as a tile; `from` is pixel 0's vector, pixels are `pitch` floats apart.
+template <int ROWS>
+__device__ __forceinline__ void stage(char* to, const float* from, size_t pitch, const Known& known, unsigned first) {
+#pragma unroll 2
+    for (unsigned i = threadIdx.x; i < ROWS * (DP / 4); i += MMA_THREADS) {
+        const unsigned row = i / (DP / 4), d = i % (DP / 4) * 4, token = first + row;
+        const bool there = token < TOKENS;
+        F::put(to, row, d, load_channels<D, VEC>(from + known.pixel[there ? token : 0] * pitch, d, there));
+    }
+}
+
+// lse in units of log 2, and delta, of TILE tokens; `from` is the window's first.
+__device__ __forceinline__ void stage_stats(float* to, const float* lse, const float* delta, unsigned first) {
+    for (unsigned i = threadIdx.x; i < TILE; i += MMA_THREADS) {
+        const bool there = first + i < TOKENS;
+        to[i] = there ? lse[first + i] * LOG2_E : 0.0f;
+        to[TILE + i] = there ? delta[first + i] : 0.0f;
+    }
+}
+
+// Where a head's vectors begin, and how far pixels are apart.
+struct Head {
+    size_t pitch, out_pitch;
+    const float *q, *k, *v;
+    size_t out;
+    __device__ Head(const Map& m, const float* qkv, unsigned head)
+        : pitch(size_t(3) * m.heads * D), out_pitch(size_t(m.heads) * D), q(qkv + head * D), k(q + out_pitch), v(k + out_pitch), out(head * D) {}
+};
+
+extern "C" __global__ void __launch_bounds__(MMA_THREADS)
+forward(Map m, float scale, const float* __restrict__ qkv, const float* __restrict__ table, float* __restrict__ out,
+        float* __restrict__ lse) {
+    Known& known = *reinterpret_cast<Known*>(window_shared);
+    char* q = reinterpret_cast<char*>(window_shared) + FRONT;
+    char *k = q + 64 * F::PITCH, *v = k + TILE * F::PITCH;
+    const unsigned sq = shared_address(q), sk = shared_address(k), sv = shared_address(v);
+    const Place at = place(m);
+    const Head head(m, qkv, at.head);
+    const int row = threadIdx.x / 32 * 16, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    know_window(known, m, at.window);
+    know_table(known, m, table, at.head);
+    __syncthreads();
+    stage<64>(q, head.q, head.pitch, known, at.first);
+    const unsigned mine[2] = {known.info[at.first + row + g], known.info[at.first + row + g + 8]};
+    const float factor = scale * LOG2_E;
+    float o[DP / 8][4] = {}, top[2] = {LOWEST, LOWEST}, sum[2] = {};
+    for (unsigned c0 = 0; c0 < TOKENS; c0 += TILE) {
+        if (c0 > 0) __syncthreads();
+        stage<TILE>(k, head.k, head.pitch, known, c0);
+        stage<TILE>(v, head.v, head.pitch, known, c0);
+        __syncthreads();
+        float s[TILE / 8][4];
+        F::scores<TILE>(s, sq, row, sk);
+#pragma unroll
+        for (int j = 0; j < TILE / 8; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const unsigned c = c0 + 8 * j + 2 * t + e % 2;
+                s[j][e] = c < TOKENS ? fmaf(s[j][e], factor, position(known, mine[e / 2], known.info[c])) : LOWEST;
+            }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) F::soften<TILE>(s, half, top[half], sum[half], o);
+        F::apply<TILE>(o, s, sv);
+    }
+    const unsigned first = at.first + row;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const float all = sum_of<4>(sum[half]);
+        const unsigned token = first + g + 8 * half;
+        if (t == 0 && token < TOKENS) lse[(at.window * m.heads + at.head) * TOKENS + token] = top[half] / LOG2_E + logf(all);
+#pragma unroll
+        for (int n = 0; n < DP / 8; ++n) o[n][2 * half] /= all, o[n][2 * half + 1] /= all;
+    }
+    F::put_rows<D, VEC>(o, [&](int r) { return first + r < TOKENS ? out + head.out + known.pixel[first + r] * head.out_pitch : nullptr; });
+}
+
+// P and dS of a tile in place of scores and dP. Rows are keys (KEYS; stats of the passing queries) or queries.
+template <bool KEYS>
+__device__ __forceinline__ void pull_back(float (&s)[TILE / 8][4], float (&dp)[TILE / 8][4], const Known& known, unsigned first, unsigned c0, float factor, const float* stats, const float (&row_lse)[2], const float (&row_delta)[2]) {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    const unsigned mine[2] = {known.info[first + g], known.info[first + g + 8]};
+#pragma unroll
+    for (int j = 0; j < TILE / 8; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const int at = 8 * j + 2 * t + e % 2;
+            const bool pair = first + g + 8 * (e / 2) < TOKENS && c0 + at < TOKENS;
+            const unsigned other = known.info[c0 + at];
+            const float x = fmaf(s[j][e], factor, KEYS ? position(known, other, mine[e / 2]) : position(known, mine[e / 2], other));
+            const float p = pair ? exp2f(x - (KEYS ? stats[at] : row_lse[e / 2])) : 0.0f;
+            dp[j][e] = pair ? p * (dp[j][e] - (KEYS ? stats[TILE + at] : row_delta[e / 2])) : 0.0f;
+            s[j][e] = p;
+        }
+}
+
+// lse in units of log 2, and delta, of a thread's two rows.
+__device__ __forceinline__ void row_stats(float (&row_lse)[2], float (&row_delta)[2], const float* lse, const float* delta, unsigned first) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const unsigned token = min(first + threadIdx.x % 32 / 4 + 8 * half, TOKENS - 1);
+        row_lse[half] = lse[token] * LOG2_E, row_delta[half] = delta[token];
+    }
+}
+
+template <bool KEYS>
+__device__ __forceinline__ void backward(const Map& m, float scale, const float* __restrict__ qkv, const float* __restrict__ table,
+                                         const float* __restrict__ lse, const float* __restrict__ dout, const float* __restrict__ delta,
+                                         float* __restrict__ dqkv) {
+    Known& known = *reinterpret_cast<Known*>(window_shared);
+    char* a = reinterpret_cast<char*>(window_shared) + FRONT;
+    char *ga = a + 64 * F::PITCH, *b = ga + 64 * F::PITCH, *gb = b + TILE * F::PITCH;
+    float* stats = reinterpret_cast<float*>(gb + TILE * F::PITCH);
+    const unsigned sa = shared_address(a), sga = shared_address(ga), sb = shared_address(b), sgb = shared_address(gb);
+    const Place at = place(m);
+    const Head head(m, qkv, at.head);
+    const float* dy = dout + head.out;
+    const size_t stat = size_t(at.window * m.heads + at.head) * TOKENS;
+    const unsigned row = threadIdx.x / 32 * 16, first = at.first + row;
+    know_window(known, m, at.window);
+    know_table(known, m, table, at.head);
+    __syncthreads();
+    stage<64>(a, KEYS ? head.k : head.q, head.pitch, known, at.first);
+    stage<64>(ga, KEYS ? head.v : dy, KEYS ? head.pitch : head.out_pitch, known, at.first);
+    float row_lse[2], row_delta[2];
+    if constexpr (!KEYS) row_stats(row_lse, row_delta, lse + stat, delta + stat, first);
+    float da[DP / 8][4] = {}, dv[KEYS ? DP / 8 : 1][4] = {};
+    for (unsigned c0 = 0; c0 < TOKENS; c0 += TILE) {
+        if (c0 > 0) __syncthreads();
+        stage<TILE>(b, KEYS ? head.q : head.k, head.pitch, known, c0);
+        stage<TILE>(gb, KEYS ? dy : head.v, KEYS ? head.out_pitch : head.pitch, known, c0);
+        if constexpr (KEYS) stage_stats(stats, lse + stat, delta + stat, c0);
+        __syncthreads();
+        float s[TILE / 8][4], dp[TILE / 8][4];
+        F::scores<TILE>(s, sa, row, sb);
+        F::scores<TILE>(dp, sga, row, sgb);
+        pull_back<KEYS>(s, dp, known, first, c0, scale * LOG2_E, stats, row_lse, row_delta);
+        if constexpr (KEYS) F::apply<TILE>(dv, s, sgb);
+        F::apply<TILE>(da, dp, sb);
+    }
+#pragma unroll
+    for (int n = 0; n < DP / 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) da[n][e] *= scale;
+    const auto part = [&](unsigned part, int r) -> float* {
+        return first + r < TOKENS ? dqkv + known.pixel[first + r] * head.pitch + part * head.out_pitch + head.out : nullptr;
+    };
+    F::put_rows<D, VEC>(da, [&](int r) { return part(KEYS ? 1 : 0, r); });
+    if constexpr (KEYS) F::put_rows<D, VEC>(dv, [&](int r) { return part(2, r); });
+}
+
+extern "C" __global__ void __launch_bounds__(MMA_THREADS)
+backward_q(Map m, float scale, const float* __restrict__ qkv, const float* __restrict__ table, const float* __restrict__ lse,
+           const float* __restrict__ dout, const float* __restrict__ delta, float* __restrict__ dqkv) {
+    backward<false>(m, scale, qkv, table, lse, dout, delta, dqkv);
+}
+
+extern "C" __global__ void __launch_bounds__(MMA_THREADS)
+backward_kv(Map m, float scale, const float* __restrict__ qkv, const float* __restrict__ table, const float* __restrict__ lse,
+            const float* __restrict__ dout, const float* __restrict__ delta, float* __restrict__ dqkv) {
+    backward<true>(m, scale, qkv, table, lse, dout, delta, dqkv);
+}
+
+// pairs[part, head, i, j] = sum of dS over the windows part, part + parts, ..: 64 queries and TILE keys a block
+// (blockIdx.x, keys fastest), whose sums stay in registers; the head is blockIdx.y, the part blockIdx.z.
+extern "C" __global__ void __launch_bounds__(MMA_THREADS)
+bias_pairs(Map m, unsigned windows, float scale, const float* __restrict__ qkv, const float* __restrict__ table,
+           const float* __restrict__ lse, const float* __restrict__ dout, const float* __restrict__ delta,
+           float* __restrict__ pairs) {
+    Known& known = *reinterpret_cast<Known*>(window_shared);
+    char* q = reinterpret_cast<char*>(window_shared) + FRONT;
+    char *dy = q + 64 * F::PITCH, *k = dy + 64 * F::PITCH, *v = k + TILE * F::PITCH;
+    const unsigned sq = shared_address(q), sdy = shared_address(dy), sk = shared_address(k), sv = shared_address(v);
+    constexpr unsigned TILES = (TOKENS + TILE - 1) / TILE;
+    const unsigned c0 = blockIdx.x % TILES * TILE, r0 = blockIdx.x / TILES * 64, row = threadIdx.x / 32 * 16;
+    const Head head(m, qkv, blockIdx.y);
+    know_table(known, m, table, blockIdx.y);
+    float sum[TILE / 8][4] = {};
+    for (unsigned window = blockIdx.z; window < windows; window += gridDim.z) {
+        __syncthreads();  // the window before is done with
+        know_window(known, m, window);
+        __syncthreads();
+        stage<64>(q, head.q, head.pitch, known, r0);
+        stage<64>(dy, dout + head.out, head.out_pitch, known, r0);
+        stage<TILE>(k, head.k, head.pitch, known, c0);
+        stage<TILE>(v, head.v, head.pitch, known, c0);
+        const size_t stat = size_t(window * m.heads + blockIdx.y) * TOKENS;
+        float row_lse[2], row_delta[2];
+        row_stats(row_lse, row_delta, lse + stat, delta + stat, r0 + row);
+        __syncthreads();
+        float s[TILE / 8][4], dp[TILE / 8][4];
+        F::scores<TILE>(s, sq, row, sk);
+        F::scores<TILE>(dp, sdy, row, sv);
+        pull_back<false>(s, dp, known, r0 + row, c0, scale * LOG2_E, nullptr, row_lse, row_delta);
+#pragma unroll
+        for (int j = 0; j < TILE / 8; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sum[j][e] += dp[j][e];
+    }
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    float* to = pairs + size_t(blockIdx.z * m.heads + blockIdx.y) * TOKENS * TOKENS;
+#pragma unroll
+    for (int j = 0; j < TILE / 8; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const unsigned i = r0 + row + g + 8 * (e / 2), c = c0 + 8 * j + 2 * t + e % 2;
+            if (i < TOKENS && c < TOKENS) to[i * TOKENS + c] = sum[j][e];
+        }
+}
+
+#endif
 
 // dtable[entry, head]: the pairs of all parts that read it, n = entries * heads; an entry of a head a thread.
 extern "C" __global__ void __launch_bounds__(THREADS)

@@ -3,7 +3,7 @@
 
 use serde_json::Value;
 use std::path::PathBuf;
-use tilewright::backend;
+use tilewright::backend::{self, cuda};
 use tilewright::models::session::SessionOptions;
 use tilewright::models::{Model, ModelOptions, find, forward::forward, grad, info::info};
 use tilewright::weights::{FloatFormat, SaveData, SaveTensor, WeightFile, fill, save};
@@ -120,22 +120,39 @@ fn tap_of(feature: &str) -> Option<String> {
     }
 }
 
+/// What is quick enough in the simulator.
+fn small(golden: &str) -> bool {
+    ["cnn_r14", "resnet18_c100_32", "vit_p4_e128_d6"].contains(&golden)
+}
+
 #[test]
 fn logits_and_features_are_pytorchs_on_cpu() {
-    logits_and_features("cpu");
+    logits_and_features("cpu", |_| true);
 }
 
 #[test]
 fn logits_and_features_are_pytorchs_on_wgpu() {
-    logits_and_features("wgpu");
+    logits_and_features("wgpu", |_| true);
 }
 
-fn logits_and_features(backend: &str) {
+/// Those of a ViT and a Swin for images of 224 pixels beside the small nets.
+#[test]
+fn logits_and_features_are_pytorchs_on_cuda_sim() {
+    if cuda::sim_present() {
+        let large = [
+            "timm_vit_tiny_patch16_224",
+            "hf_swin_tiny_patch4_window7_224",
+        ];
+        logits_and_features("cuda:sim", |g| small(g) || large.contains(&g));
+    }
+}
+
+fn logits_and_features(backend: &str, wanted: impl Fn(&str) -> bool) {
     if goldens().is_none() {
         return;
     }
     let backend = backend::open(backend).unwrap();
-    for (name, model) in GOLDENS {
+    for (name, model) in GOLDENS.iter().filter(|g| wanted(g.0)) {
         let dir = tempfile::tempdir().unwrap();
         let g = golden(dir.path(), name, model);
         let options = SessionOptions {
@@ -201,20 +218,27 @@ fn logits_and_features(backend: &str) {
 
 #[test]
 fn gradients_are_pytorchs_on_cpu() {
-    gradients("cpu");
+    gradients("cpu", |_| true);
 }
 
 #[test]
 fn gradients_are_pytorchs_on_wgpu() {
-    gradients("wgpu");
+    gradients("wgpu", |_| true);
 }
 
-fn gradients(backend: &str) {
+#[test]
+fn gradients_are_pytorchs_on_cuda_sim() {
+    if cuda::sim_present() {
+        gradients("cuda:sim", small);
+    }
+}
+
+fn gradients(backend: &str, wanted: impl Fn(&str) -> bool) {
     if goldens().is_none() {
         return;
     }
     let backend = backend::open(backend).unwrap();
-    for (name, model) in GOLDENS {
+    for (name, model) in GOLDENS.iter().filter(|g| wanted(g.0)) {
         let dir = tempfile::tempdir().unwrap();
         let g = golden(dir.path(), name, model);
         for (key, eval) in [("train", false), ("eval_grad", true)] {

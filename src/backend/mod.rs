@@ -50,7 +50,7 @@ pub trait Backend: Send + Sync {
         cuda::Precision::F32
     }
 
-    /// What each kernel did since the last call, by `source/kernel`; empty where the device does not count.
+    /// What each kernel did since the last call, by `op source/kernel`; empty where the device does not count.
     fn take_counts(&self) -> Vec<(String, cuda::Count)> {
         vec![]
     }

@@ -355,6 +355,9 @@ impl Check {
             true => backends.iter().flat_map(|b| b.1.take_counts()).collect(),
             false => vec![],
         };
+        if self.counters {
+            note(&simulated(&counts));
+        }
         if g.json {
             let rows: Vec<Value> = rows
                 .iter()
@@ -511,6 +514,18 @@ fn count_json((kernel, count): &(String, Count)) -> Value {
         "bank_conflicts": c.bank_conflicts(), "barriers": c.barriers,
         "divergent_branches": c.divergent_branches,
     })
+}
+
+/// What the simulation took: of interest to who works on the simulator, and not the same twice.
+fn simulated(counts: &[(String, Count)]) -> String {
+    let total: u64 = counts.iter().map(|c| c.1.counters.instructions).sum();
+    let seconds: f64 = counts.iter().map(|c| c.1.time.as_secs_f64()).sum();
+    format!(
+        "{:.1} million warp instructions simulated in {seconds:.2} s: {:.1} million a second on {} threads",
+        total as f64 * 1e-6,
+        total as f64 * 1e-6 / seconds.max(1e-9),
+        rayon::current_num_threads()
+    )
 }
 
 /// Loads and stores are the ideal number of 32-byte sectors over the actual one.

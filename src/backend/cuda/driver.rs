@@ -25,7 +25,7 @@ pub struct GraphId(pub usize);
 pub struct Placed {
     /// The kernel.
     pub kernel: KernelId,
-    /// `layer1.0.conv1 conv2d.cu/fprop`, for messages and traces.
+    /// `layer1.0.conv1 conv2d_wgrad conv2d.cu/conv_mma`: scope, op and kernel, for messages, traces and counts.
     pub label: String,
     /// Blocks.
     pub grid: [u32; 3],
@@ -53,6 +53,8 @@ pub struct Count {
     pub launches: u64,
     /// All of them together, without source lines.
     pub counters: Counters,
+    /// What the simulation took.
+    pub time: Duration,
 }
 
 /// What executes kernels. Calls are in stream order; the host waits in [`download`](Self::download) and
@@ -157,7 +159,7 @@ pub trait Driver: Send + Sync + Debug {
         false
     }
 
-    /// What was counted since the last call, by `source/kernel`; empty where the driver does not count.
+    /// What was counted since the last call, by `op source/kernel`; empty where the driver does not count.
     fn take_counts(&self) -> Vec<(String, Count)> {
         vec![]
     }

@@ -333,7 +333,15 @@ impl Backend for Cuda {
             for launch in &d.launches {
                 steps.push(Step::Launch(Placed {
                     kernel: self.kernel(launch)?,
-                    label: format!("{} {}/{}", node.scope, launch.source, launch.entry),
+                    label: format!(
+                        "{} {} {}/{}",
+                        node.scope,
+                        node.op.name(),
+                        launch.source,
+                        launch.entry
+                    )
+                    .trim_start()
+                    .into(),
                     grid: launch.grid,
                     block: launch.block,
                     smem: launch.smem,

@@ -7,7 +7,7 @@ use super::sim::{LaunchOptions, Memory, Module, launch};
 use crate::{Error, Result};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// A simulated device of compute capability 8.0, as large as an A100, so that launch code chooses as it would there.
 #[derive(Debug)]
@@ -44,15 +44,21 @@ impl Simulated {
         let (module, entry) = lock(&self.kernels)[p.kernel.0].clone();
         let memory = self.memory.read().unwrap_or_else(|e| e.into_inner());
         let options = LaunchOptions::default();
+        let start = Instant::now();
         let mut counters = launch(
             &module, &entry, p.grid, p.block, p.smem, &p.params, &memory, &options,
         )
         .map_err(|fault| Error::from(fault).context(&p.label))?;
         counters.lines.clear();
-        let kernel = p.label.rsplit(' ').next().unwrap_or(&p.label);
+        // Op and kernel, without the scope.
+        let kernel = match p.label.rmatch_indices(' ').nth(1) {
+            Some((at, _)) => &p.label[at + 1..],
+            None => &p.label,
+        };
         let mut counts = lock(&self.counts);
         let count = counts.entry(kernel.to_string()).or_default();
         count.launches += 1;
+        count.time += start.elapsed();
         count.counters.merge(&counters);
         Ok(())
     }

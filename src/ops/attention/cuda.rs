@@ -87,10 +87,16 @@ impl Heads {
         };
         consts.push(set("ROUND", round));
         let lines = row_tiles * block + column_tiles * tile;
+        // lse and delta of the queries that pass by.
+        let stats = if entry == "attention_dkv" {
+            8 * tile
+        } else {
+            0
+        };
         let pitch = |size: usize| self.padded() * size + 16;
         let (rung, threads, smem) = match self.rung {
             Rung::Naive => (0, 128, 0),
-            Rung::Simt => (1, 256, lines * pitch(4) + block * (tile + 16) * 4),
+            Rung::Simt => (1, 256, lines * pitch(4) + block * (tile + 16) * 4 + stats),
             Rung::Mma(precision) => {
                 let (element, size) = if precision == Precision::Bf16 {
                     ("bf16", 2)
@@ -98,7 +104,7 @@ impl Heads {
                     ("float", 4)
                 };
                 consts.push(("ELEMENT", element.into()));
-                (2, 128, lines * pitch(size))
+                (2, 128, lines * pitch(size) + stats)
             }
         };
         consts.push(set("RUNG", rung));

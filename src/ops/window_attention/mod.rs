@@ -209,6 +209,10 @@ impl Op for WindowAttention {
     fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
         cuda::forward(self, cx)
     }
+
+    fn cuda_variants(&self) -> &'static [&'static str] {
+        cuda::VARIANTS
+    }
 }
 
 /// The gradient of [`WindowAttention`]. Operands: dout, qkv, out, lse, table. Results: dqkv, dtable.
@@ -265,6 +269,10 @@ impl Op for WindowAttentionBwd {
 
     fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
         cuda::backward(self, cx)
+    }
+
+    fn cuda_variants(&self) -> &'static [&'static str] {
+        cuda::VARIANTS
     }
 }
 
