@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # For a machine with an NVIDIA GPU: checks every CUDA kernel on the driver, runs compute-sanitizer over a small pass where
-# it is installed, and times training steps. Needs a release binary and NVRTC (`pip install nvidia-cuda-nvrtc`), no Rust and
-# no network.
+# it is installed, and times kernels, training and inference beside PyTorch, cuBLAS and cuDNN where PyTorch is installed.
+# Needs a release binary and NVRTC (`pip install nvidia-cuda-nvrtc`), no Rust and no network. Each run keeps its JSON.
 #
 #   scripts/gpu.sh check|sanitizer|bench|all [TILEWRIGHT]      writes gpu-results/
+#
+# NVRTC compiles what a step needs on its first run (tens of seconds); the cache keeps it.
 set -euo pipefail
 what=${1:-all}
 program=${2:-target/release/tilewright}
@@ -47,15 +49,28 @@ sanitizer() {
   done
 }
 
+# name, then the command: its JSON is kept as NAME.json, and a failure does not stop the others.
+keep() {
+  local name=$1
+  shift
+  echo "== $name"
+  "$program" "$@" --backend cuda --json >"$out/$name.json" || failed=1
+}
+
 bench() {
-  for model in cnn_r14 vit_p4_e128_d6; do
-    for precision in f32 bf16; do
-      echo "== training $model, $precision"
-      rm -rf "$out/run"
-      "$program" train -m $model -d synthetic:10x32 --epochs 2 --batch-size 128 --backend cuda --precision $precision \
-        --output "$out/run" --json >"$out/train-$model-$precision.json" || failed=1
+  for precision in f32 tf32 bf16; do
+    for op in linear conv2d attention window_attention layer_norm batch_norm act softmax_ce adamw; do
+      keep "kernel-$op-$precision" bench $op --precision $precision
     done
+    for step in "resnet50 64" "vit_b_16 64" "cnn_r14 128" "vit_p4_e128_d6 128"; do
+      set -- $step
+      keep "model-$1-$precision" bench $1 --batch $2 --precision $precision
+    done
+    python3 "$(dirname "$0")/gpu_peers.py" "$out" $precision | tee "$out/table-$precision.md" || failed=1
   done
+  # The same without the CUDA graph: what replay gains.
+  keep "model-cnn_r14-nograph" bench cnn_r14 --batch 128 --precision bf16 --no-graph
+  keep "cold-cnn_r14" bench cnn_r14 --batch 128 --train --cold
 }
 
 failed=0

@@ -119,6 +119,14 @@ pub trait Driver: Send + Sync + Debug {
     /// The module has none of that name, or there is less shared memory.
     fn kernel(&self, module: ModuleId, entry: &str, smem: u32) -> Result<KernelId>;
 
+    /// Whether somebody sees [`range`](Self::range).
+    fn annotates(&self) -> bool {
+        false
+    }
+
+    /// Begins a named range of the host's time line, for profilers, or ends the innermost one.
+    fn range(&self, _name: Option<&str>) {}
+
     /// Runs one step.
     ///
     /// # Errors

@@ -412,6 +412,21 @@ impl CudaExec {
         Ok(out)
     }
 
+    /// `run` as a range called `name()` in a profiler's time line.
+    fn annotated(
+        &self,
+        name: impl FnOnce() -> String,
+        run: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        if !self.driver.annotates() {
+            return run();
+        }
+        self.driver.range(Some(&name()));
+        let done = run();
+        self.driver.range(None);
+        done
+    }
+
     fn wanted(&self, phases: &[Phase]) -> Vec<usize> {
         (0..self.steps.len())
             .filter(|&i| phases.contains(&self.graph.nodes[self.nodes[i]].phase))
@@ -462,11 +477,25 @@ impl Exec for CudaExec {
             self.ran.insert(phases.to_vec(), graph);
         }
         if let Some(&Some(graph)) = self.ran.get(phases) {
-            self.driver.replay(graph)?;
-            return self.driver.synchronize();
+            return self.annotated(
+                || format!("{phases:?}"),
+                || {
+                    self.driver.replay(graph)?;
+                    self.driver.synchronize()
+                },
+            );
         }
-        for i in self.wanted(phases) {
-            self.driver.step(&self.steps[i])?;
+        let wanted = self.wanted(phases);
+        let node = |&i: &usize| &self.graph.nodes[self.nodes[i]];
+        for steps in wanted.chunk_by(|a, b| node(a).scope == node(b).scope) {
+            self.annotated(
+                || node(&steps[0]).scope.clone(),
+                || {
+                    steps
+                        .iter()
+                        .try_for_each(|&i| self.driver.step(&self.steps[i]))
+                },
+            )?;
         }
         self.ran.entry(phases.to_vec()).or_default();
         self.driver.synchronize()

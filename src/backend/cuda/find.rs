@@ -35,6 +35,19 @@ pub fn nvrtc_folders() -> Vec<PathBuf> {
     folders
 }
 
+/// Folders that may hold NVTX: the toolkit's, and those of Python's packages (`pip install nvidia-nvtx`).
+pub fn nvtx_folders() -> Vec<PathBuf> {
+    let homes = ["CUDA_HOME", "CUDA_PATH"].into_iter();
+    let homes = homes.filter_map(std::env::var_os).map(PathBuf::from);
+    let mut folders: Vec<PathBuf> = homes.flat_map(|h| toolkit(&h)).collect();
+    for site in site_packages() {
+        folders.extend(["cu13", "nvtx"].map(|p| site.join("nvidia").join(p).join("lib")));
+    }
+    folders.extend(toolkit(Path::new("/usr/local/cuda")));
+    folders.retain(|f| f.is_dir());
+    folders
+}
+
 fn toolkit(home: &Path) -> Vec<PathBuf> {
     ["lib64", "lib", "targets/x86_64-linux/lib", "bin", "bin/x64"]
         .map(|d| home.join(d))

@@ -7,6 +7,8 @@ pub mod exec;
 pub mod find;
 pub mod launch;
 pub mod nvrtc;
+pub mod nvtx;
+mod pinned;
 pub mod real;
 pub mod shape;
 pub mod sim;

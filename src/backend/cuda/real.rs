@@ -3,6 +3,8 @@
 use super::driver::{Driver, GraphId, KernelId, ModuleId, Placed, Step};
 use super::launch::Traits;
 use super::nvrtc::Target;
+use super::nvtx::Nvtx;
+use super::pinned::{Pinned, SMALLEST};
 use crate::{Error, Result};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
@@ -26,9 +28,11 @@ pub struct Real {
     modules: Mutex<Vec<sys::CUmodule>>,
     kernels: Mutex<Vec<sys::CUfunction>>,
     graphs: Mutex<Vec<Option<sys::CUgraphExec>>>,
+    pinned: Mutex<Pinned>,
 }
 
-// SAFETY: the driver API is thread-safe; every call below makes the context current on its own thread first.
+// SAFETY: the driver API is thread-safe; every call below makes the context current on its own thread first. Page-locked
+// memory is the host's, behind a lock.
 unsafe impl Send for Real {}
 // SAFETY: as above.
 unsafe impl Sync for Real {}
@@ -121,6 +125,7 @@ impl Real {
             modules: Mutex::default(),
             kernels: Mutex::default(),
             graphs: Mutex::default(),
+            pinned: Mutex::default(),
         })
     }
 
@@ -186,6 +191,8 @@ impl Drop for Real {
         // SAFETY: everything was made by this driver and nothing uses it any more.
         unsafe {
             let _ = result::stream::synchronize(self.stream);
+            let pinned = self.pinned.get_mut().unwrap_or_else(|e| e.into_inner());
+            pinned.free();
             let graphs = self.graphs.get_mut().unwrap_or_else(|e| e.into_inner());
             for graph in graphs.drain(..).flatten() {
                 let _ = result::graph::exec_destroy(graph);
@@ -249,11 +256,17 @@ impl Driver for Real {
 
     fn upload(&self, address: u64, bytes: &[u8]) -> Result<()> {
         self.current()?;
-        // From pageable memory the driver copies to a staging buffer of its own before it returns, so `bytes` need not
-        // outlive the call.
-        // SAFETY: a stretch of an allocation.
-        unsafe { result::memcpy_htod_async(address, bytes, self.stream) }
-            .map_err(failed("copying to the device"))
+        let copied = if bytes.len() < SMALLEST {
+            // From pageable memory the driver copies to a staging buffer of its own before it returns, so `bytes` need
+            // not outlive the call.
+            // SAFETY: a stretch of an allocation.
+            unsafe { result::memcpy_htod_async(address, bytes, self.stream) }
+        } else {
+            let mut pinned = self.pinned.lock().unwrap_or_else(|e| e.into_inner());
+            // SAFETY: a stretch of an allocation; the context is current, and there is one stream.
+            unsafe { pinned.upload(address, bytes, self.stream) }
+        };
+        copied.map_err(failed("copying to the device"))
     }
 
     fn download(&self, address: u64, bytes: &mut [u8]) -> Result<()> {
@@ -297,6 +310,18 @@ impl Driver for Real {
         let mut kernels = self.kernels.lock().unwrap_or_else(|e| e.into_inner());
         kernels.push(function);
         Ok(KernelId(kernels.len() - 1))
+    }
+
+    fn annotates(&self) -> bool {
+        Nvtx::get().is_some()
+    }
+
+    fn range(&self, name: Option<&str>) {
+        match (Nvtx::get(), name) {
+            (Some(nvtx), Some(name)) => nvtx.push(name),
+            (Some(nvtx), None) => nvtx.pop(),
+            (None, _) => {}
+        }
     }
 
     fn step(&self, step: &Step) -> Result<()> {

@@ -1,0 +1,68 @@
+//! NVTX, NVIDIA's annotations for profilers (Nsight Systems), loaded at run time: without the library ranges cost nothing.
+
+use super::find::nvtx_folders;
+use libloading::Library;
+use std::ffi::{CString, c_char, c_int};
+use std::path::PathBuf;
+use std::sync::OnceLock;
+
+/// Names of the library, newest first: NVTX 3's functions as symbols, and NVTX 2.
+#[cfg(not(windows))]
+const NAMES: &[&str] = &[
+    "libnvtx3interop.so.1",
+    "libnvtx3interop.so",
+    "libnvToolsExt.so.1",
+    "libnvToolsExt.so",
+];
+/// Names of the library, newest first.
+#[cfg(windows)]
+const NAMES: &[&str] = &["nvtx3interop.dll", "nvToolsExt64_1.dll"];
+
+/// The two functions that are used.
+#[derive(Debug)]
+pub struct Nvtx {
+    push: unsafe extern "C" fn(*const c_char) -> c_int,
+    pop: unsafe extern "C" fn() -> c_int,
+}
+
+impl Nvtx {
+    /// The library, where a profiler may look and there is one.
+    pub fn get() -> Option<&'static Nvtx> {
+        static LOADED: OnceLock<Option<Nvtx>> = OnceLock::new();
+        LOADED.get_or_init(Nvtx::load).as_ref()
+    }
+
+    fn load() -> Option<Nvtx> {
+        // Nsight and other tools name what they inject; without one there is nobody to tell.
+        std::env::var_os("NVTX_INJECTION64_PATH")?;
+        let by_name = NAMES.iter().map(PathBuf::from);
+        let in_folders = nvtx_folders()
+            .into_iter()
+            .flat_map(|f| NAMES.iter().map(move |n| f.join(n)));
+        by_name.chain(in_folders).find_map(|path| {
+            // SAFETY: NVIDIA's library has no initialiser that could misbehave; the types are those of nvToolsExt.h.
+            // Never unloaded: the functions stay good.
+            unsafe {
+                let library: &'static Library = Box::leak(Box::new(Library::new(path).ok()?));
+                Some(Nvtx {
+                    push: *library.get(b"nvtxRangePushA").ok()?,
+                    pop: *library.get(b"nvtxRangePop").ok()?,
+                })
+            }
+        })
+    }
+
+    /// Begins a range inside the present one of this thread.
+    pub fn push(&self, name: &str) {
+        if let Ok(name) = CString::new(name) {
+            // SAFETY: the library copies the string.
+            unsafe { (self.push)(name.as_ptr()) };
+        }
+    }
+
+    /// Ends the innermost range.
+    pub fn pop(&self) {
+        // SAFETY: no operand; without a range it does nothing.
+        unsafe { (self.pop)() };
+    }
+}
