@@ -63,7 +63,8 @@ struct Head {
     __device__ size_t at_out(unsigned token) const { return out + size_t(token) * width; }
 };
 
-// A warp per row; the same for every rung. Grid: rows / 4, 128 threads.
+// A warp per row; the same for every rung. dout is rounded as where dP is made of it, for the two cancel where one key has
+// nearly all the weight. Grid: rows / 4, 128 threads.
 extern "C" __global__ void __launch_bounds__(128)
 attention_deltas(const float* __restrict__ dout, const float* __restrict__ out, float* __restrict__ delta, Heads h) {
     const unsigned row = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -71,7 +72,7 @@ attention_deltas(const float* __restrict__ dout, const float* __restrict__ out, 
     const Head head(h, row / h.tokens);
     const size_t at = head.at_out(row % h.tokens);
     float sum = 0.0f;
-    for (unsigned d = lane; d < D; d += 32) sum = fmaf(dout[at + d], out[at + d], sum);
+    for (unsigned d = lane; d < D; d += 32) sum = fmaf(rounded(dout[at + d]), out[at + d], sum);
     sum = sum_of<32>(sum);
     if (lane == 0) delta[row] = sum;
 }

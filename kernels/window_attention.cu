@@ -92,14 +92,15 @@ __device__ __forceinline__ Place place(const Map& m) {
     return {blockIdx.x % blocks * THREADS, blockIdx.x / blocks % m.heads, blockIdx.x / blocks / m.heads};
 }
 
-// delta[window, head, t] = sum of dout * out over n rows, a warp each.
+// delta[window, head, t] = sum of dout * out over n rows, a warp each; dout rounded as where dP is made of it, for the two
+// cancel where one key has nearly all the weight.
 extern "C" __global__ void __launch_bounds__(THREADS)
 deltas(Map m, unsigned n, const float* __restrict__ out, const float* __restrict__ dout, float* __restrict__ delta) {
     const unsigned i = blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
     if (i >= n) return;
     const size_t at = m.out(i / TOKENS / m.heads, i / TOKENS % m.heads, i % TOKENS) * VEC;
     float sum = 0.0f;
-    for (unsigned d = threadIdx.x % 32; d < ITEMS * VEC; d += 32) sum = fmaf(dout[at + d], out[at + d], sum);
+    for (unsigned d = threadIdx.x % 32; d < ITEMS * VEC; d += 32) sum = fmaf(rounded_to<ROUND>(dout[at + d]), out[at + d], sum);
     sum = sum_of<32>(sum);
     if (threadIdx.x % 32 == 0) delta[i] = sum;
 }

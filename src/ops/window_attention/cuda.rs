@@ -91,11 +91,11 @@ impl Pass {
             set("VEC", vec),
             set("ITEMS", self.g.dim / vec),
             set("SIDE", self.g.op.side),
+            set("ROUND", round),
         ];
         match self.rung {
             Rung::Plain => consts.extend([
                 set("RUNG", 0),
-                set("ROUND", round),
                 set("TILE", (TILES / (8 * self.g.dim)).clamp(1, self.g.tokens())),
             ]),
             Rung::Mma(precision) => {
