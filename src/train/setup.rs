@@ -109,7 +109,7 @@ impl Setup {
             cls_mean: false,
         };
         let options = options_for(&options, init.as_ref(), config.replace_head);
-        let preprocess = match (&init, record) {
+        let mut preprocess = match (&init, record) {
             // Weights expect the input that they were trained on.
             (Some(_), Some(record)) => record.preprocess(size as u32),
             (Some(file), None) => match trained(file, size) {
@@ -118,6 +118,10 @@ impl Setup {
             },
             (None, _) => plain(size as u32),
         };
+        if side.is_some_and(|s| (s as usize) < size) {
+            // The crop is for photographs with a margin; small squares are filled by what they show.
+            preprocess.crop_ratio = 1.0;
+        }
         Ok(Setup {
             config,
             model,
