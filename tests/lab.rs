@@ -225,7 +225,7 @@ fn the_lab_sees_every_save() {
         let clock = Instant::now();
         while !out.lock().unwrap().contains(says) {
             assert!(
-                clock.elapsed() < Duration::from_secs(60),
+                clock.elapsed() < Duration::from_secs(240),
                 "no {says:?} in: {}",
                 out.lock().unwrap()
             );
