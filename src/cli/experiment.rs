@@ -80,7 +80,7 @@ impl ExperimentCommand {
             .unwrap_or_else(|| PathBuf::from("runs").join(format!("{stem}{small}")));
         if self.merge.is_empty() {
             let stop = super::end_in_order();
-            let open = |c: &tilewright::train::TrainConfig| g.open(&c.backend);
+            let open = |c: &tilewright::train::TrainConfig| g.open_with(&c.backend, &c.precision);
             run(&experiment, &dir, self.shard, open, stop, note)?;
         }
         let mut dirs = vec![dir.clone()];
