@@ -214,7 +214,7 @@ fn convolutions_of_resnet_50() {
         LIMITS,
         &[
             ("conv2d", "n=1,h=56,c=64,k=256,r=1"),
-            ("conv2d", "n=1,h=14,c=256,k=256,r=3,pad=1"),
+            ("conv2d", "n=1,h=14,c=128,k=128,r=3,pad=1"),
         ],
     );
 }
