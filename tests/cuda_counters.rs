@@ -64,6 +64,7 @@ fn product(l: &CudaLaunch) -> u64 {
     };
     let mode = size(l, "MODE");
     let (mut a, mut b) = (rows * depth, columns * depth);
+    let mut out = real_rows * real_columns;
     if l.source == "conv2d.cu" {
         let w = |i: usize| n[21 + i].unwrap();
         let (grid, step, origin) = ([w(0), w(3)], [w(6), w(7)], [w(8), w(9)]);
@@ -77,11 +78,15 @@ fn product(l: &CudaLaunch) -> u64 {
             all.filter(|(g, t)| (0..extent[i]).contains(&(g * step[i] + origin[i] + sign * t)))
                 .count() as i64
         };
+        if mode == 2 {
+            // Real columns are those of one tap.
+            out *= (taps[0] * taps[1]) as u64;
+        }
         let images = pixels / (grid[0] * grid[1]);
         let window = (images * met(0) * met(1) * channels) as u64;
         *(if mode == 2 { &mut b } else { &mut a }) = window;
     }
-    groups * (element * (tiles_n * a + tiles_m * b) + 4 * parts * real_rows * real_columns)
+    groups * (element * (tiles_n * a + tiles_m * b) + 4 * parts * out)
 }
 
 /// Bytes that attention has to move: a block reads its rows once and all the columns of its head, and writes its rows.
@@ -214,7 +219,7 @@ fn convolutions_of_resnet_50() {
         LIMITS,
         &[
             ("conv2d", "n=1,h=56,c=64,k=256,r=1"),
-            ("conv2d", "n=1,h=14,c=128,k=128,r=3,pad=1"),
+            ("conv2d", "n=1,h=14,c=256,k=256,r=3,pad=1"),
         ],
     );
 }
