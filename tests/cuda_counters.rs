@@ -220,6 +220,9 @@ fn convolutions_of_resnet_50() {
         &[
             ("conv2d", "n=1,h=56,c=64,k=256,r=1"),
             ("conv2d", "n=1,h=14,c=256,k=256,r=3,pad=1"),
+            ("conv2d", "n=1,h=28,c=256,k=256,r=3,pad=1,stride=2"),
+            ("conv2d", "n=1,h=28,c=512,k=1024,r=1,stride=2"),
+            ("conv2d", "n=1,h=7,c=512,k=512,r=3,pad=1"),
         ],
     );
 }
