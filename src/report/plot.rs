@@ -142,6 +142,35 @@ fn text(area: &Area, s: &str, x: f64, y: f64, size: f64, h: HPos, v: VPos) -> Re
     .map_err(failed)
 }
 
+/// Text that reads upwards, centred on `x`; `h` says which part of it is at `y`.
+fn text_upwards(area: &Area, s: &str, x: f64, y: f64, size: f64, h: HPos) -> Result<()> {
+    let style = text_style(size, h, VPos::Center).transform(FontTransform::Rotate270);
+    area.draw(&Text::new(s.to_string(), (z(x), z(y)), style))
+        .map_err(failed)
+}
+
+/// A faint line across and a number at its left for each multiple of `step` from `low` to `high`; `y_at` places a value.
+fn value_grid(
+    area: &Area,
+    (left, right): (f64, f64),
+    (low, high, step): (f64, f64, f64),
+    decimals: usize,
+    y_at: impl Fn(f64) -> f64,
+) -> Result<()> {
+    let line = INK.mix(0.12).stroke_width(z(1.0) as u32);
+    let mut tick = low;
+    while tick <= high {
+        let y = y_at(tick);
+        let ends = vec![(z(left), z(y)), (z(right), z(y))];
+        area.draw(&PathElement::new(ends, line)).map_err(failed)?;
+        let shown = format!("{tick:.decimals$}");
+        let (h, v) = (HPos::Right, VPos::Center);
+        text(area, &shown, left - 8.0, y, FONT - 1.0, h, v)?;
+        tick += step;
+    }
+    Ok(())
+}
+
 /// Width of `s` in a sans-serif font; only estimated, because the reader's font is not known here.
 fn text_width(s: &str, size: f64) -> f64 {
     s.chars().count() as f64 * size * 0.56

@@ -66,11 +66,8 @@ pub fn confusion(report: &EvalReport) -> Result<Svg> {
             )?;
             let x = left + (t as f64 + 0.5) * cell;
             if upright {
-                let style = text_style(FONT - 1.0, HPos::Right, VPos::Center)
-                    .transform(FontTransform::Rotate270);
-                let at = (z(x), z(top + side + 8.0));
-                root.draw(&Text::new(names[t].clone(), at, style))
-                    .map_err(failed)?;
+                let y = top + side + 8.0;
+                text_upwards(root, &names[t], x, y, FONT - 1.0, HPos::Right)?;
             } else {
                 text(
                     root,
@@ -153,14 +150,8 @@ pub fn confusion(report: &EvalReport) -> Result<Svg> {
             HPos::Center,
             VPos::Center,
         )?;
-        let style =
-            text_style(FONT, HPos::Center, VPos::Center).transform(FontTransform::Rotate270);
-        root.draw(&Text::new(
-            "true class",
-            (z(12.0), z(top + side / 2.0)),
-            style,
-        ))
-        .map_err(failed)?;
+        let y = top + side / 2.0;
+        text_upwards(root, "true class", 12.0, y, FONT, HPos::Center)?;
 
         // The colour scale, in steps of 10 %.
         let x = left + side + 22.0;

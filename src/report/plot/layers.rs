@@ -46,32 +46,13 @@ pub fn over_depth(title: &str, y_title: &str, series: &[LayerSeries]) -> Result<
             left + 14.0 + share * (right - left - 28.0)
         };
         let y_at = |v: f64| top + 320.0 * (1.0 - v / high);
-        let grid = INK.mix(0.12).stroke_width(z(1.0) as u32);
         let step = nice(high / 5.0);
-        let mut tick = 0.0;
-        while tick <= high {
-            let y = y_at(tick);
-            root.draw(&PathElement::new(
-                vec![(z(left), z(y)), (z(right), z(y))],
-                grid,
-            ))
-            .map_err(failed)?;
-            let decimals = if step < 0.1 {
-                2
-            } else {
-                usize::from(step < 1.0)
-            };
-            text(
-                root,
-                &format!("{tick:.decimals$}"),
-                left - 8.0,
-                y,
-                FONT - 1.0,
-                HPos::Right,
-                VPos::Center,
-            )?;
-            tick += step;
-        }
+        let decimals = if step < 0.1 {
+            2
+        } else {
+            usize::from(step < 1.0)
+        };
+        value_grid(root, (left, right), (0.0, high, step), decimals, y_at)?;
         for (s, &(colour, dashed)) in series.iter().zip(&styles) {
             let n = s.layers.len();
             let mut means = vec![];
@@ -140,14 +121,7 @@ pub fn over_depth(title: &str, y_title: &str, series: &[LayerSeries]) -> Result<
             HPos::Center,
             VPos::Center,
         )?;
-        let style =
-            text_style(FONT, HPos::Center, VPos::Center).transform(FontTransform::Rotate270);
-        root.draw(&Text::new(
-            y_title.to_string(),
-            (z(12.0), z(top + 160.0)),
-            style,
-        ))
-        .map_err(failed)
+        text_upwards(root, y_title, 12.0, top + 160.0, FONT, HPos::Center)
     })
 }
 
@@ -226,11 +200,8 @@ pub fn heat_map(
                 }
             }
             for (j, name) in columns.iter().enumerate() {
-                let style =
-                    text_style(size, HPos::Right, VPos::Center).transform(FontTransform::Rotate270);
-                let at = (z(left + (j as f64 + 0.5) * cell), z(top + h + 6.0));
-                root.draw(&Text::new(name.clone(), at, style))
-                    .map_err(failed)?;
+                let x = left + (j as f64 + 0.5) * cell;
+                text_upwards(root, name, x, top + h + 6.0, size, HPos::Right)?;
             }
             text(
                 root,
@@ -241,14 +212,8 @@ pub fn heat_map(
                 HPos::Center,
                 VPos::Center,
             )?;
-            let style =
-                text_style(FONT, HPos::Center, VPos::Center).transform(FontTransform::Rotate270);
-            root.draw(&Text::new(
-                shorten(y_title, 60),
-                (z(12.0), z(top + h / 2.0)),
-                style,
-            ))
-            .map_err(failed)?;
+            let title = shorten(y_title, 60);
+            text_upwards(root, &title, 12.0, top + h / 2.0, FONT, HPos::Center)?;
             let x = left + w + 18.0;
             for i in 0..64 {
                 let share = f64::from(i) / 64.0;

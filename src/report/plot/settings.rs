@@ -152,27 +152,8 @@ pub fn against(
     let x_at = |x: f64| left + (x - x0) / (x1 - x0) * (right - left);
     let y_at = |y: f64| top + HEIGHT * (1.0 - (y - y0) / (y1 - y0));
     draw(title, WIDTH, (top + HEIGHT + 52.0) as u32, |root| {
-        let grid = INK.mix(0.12).stroke_width(z(1.0) as u32);
         let decimals = (-step.log10().floor()).clamp(0.0, 4.0) as usize;
-        let mut tick = y0;
-        while tick <= y1 {
-            let y = y_at(tick);
-            root.draw(&PathElement::new(
-                vec![(z(left), z(y)), (z(right), z(y))],
-                grid,
-            ))
-            .map_err(failed)?;
-            text(
-                root,
-                &format!("{tick:.decimals$}"),
-                left - 8.0,
-                y,
-                FONT - 1.0,
-                HPos::Right,
-                VPos::Center,
-            )?;
-            tick += step;
-        }
+        value_grid(root, (left, right), (y0, y1, step), decimals, y_at)?;
         for power in x0.floor() as i32..=x1.ceil() as i32 {
             for lead in [1.0, 2.0, 5.0] {
                 let v = lead * 10f64.powi(power);
@@ -217,14 +198,7 @@ pub fn against(
             HPos::Center,
             VPos::Center,
         )?;
-        let style =
-            text_style(FONT, HPos::Center, VPos::Center).transform(FontTransform::Rotate270);
-        root.draw(&Text::new(
-            y_title.to_string(),
-            (z(12.0), z(top + HEIGHT / 2.0)),
-            style,
-        ))
-        .map_err(failed)
+        text_upwards(root, y_title, 12.0, top + HEIGHT / 2.0, FONT, HPos::Center)
     })
 }
 
