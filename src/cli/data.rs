@@ -1,13 +1,16 @@
-//! `data list`, `data verify` and `data fetch`.
+//! `data list`, `data verify`, `data fetch`, `data pack` and `data build`.
 
+use super::build::{BUILD_HELP, BuildArgs};
 use super::global::Global;
 use super::output::{json, print};
+use super::source::positive;
 use clap::{Args, Subcommand};
 use serde_json::json;
 use std::fmt::Write;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use tilewright::Result;
-use tilewright::data;
+use tilewright::data::{self, OpenOptions};
 use tilewright::report::table::Table;
 
 /// Data sets: what there is, whether it is whole, download.
@@ -25,7 +28,7 @@ enum Command {
     /// Read every image to its end and name each broken file (exit status 1 where there is one)
     #[command(after_help = "Example:\n  tilewright data verify folder:photos")]
     Verify {
-        /// digits, synthetic[:CLASSESxSIZE], cifar10[:DIR], cifar100[:DIR], tiny-imagenet[:DIR] or folder:DIR
+        /// digits, synthetic[:CLASSESxSIZE], cifar10[:DIR], cifar100[:DIR], tiny-imagenet[:DIR], folder:DIR or shards:DIR
         #[arg(value_name = "DATA")]
         data: String,
     },
@@ -36,6 +39,22 @@ enum Command {
         #[arg(value_name = "DATA")]
         data: String,
     },
+    /// From a table of URLs and labels to shards: downloads, checks, resizes; goes on where it was stopped
+    #[command(after_help = BUILD_HELP)]
+    Build(Box<BuildArgs>),
+    /// Write any data set as shards: tar files that WebDataset reads, and `-d shards:DIR`
+    #[command(after_help = "Example:\n  tilewright data pack -d folder:photos -o photo-shards")]
+    Pack {
+        /// The data set (see `tilewright data list`)
+        #[arg(short, long, value_name = "DATA")]
+        data: String,
+        /// Folder for the shards
+        #[arg(short, long, value_name = "DIR")]
+        output: PathBuf,
+        /// Images in a shard
+        #[arg(long, value_name = "N", default_value_t = 1000, value_parser = positive)]
+        per_shard: usize,
+    },
 }
 
 impl Data {
@@ -44,6 +63,12 @@ impl Data {
             Command::List => list(g),
             Command::Verify { data } => verify(g, &data),
             Command::Fetch { data } => fetch(g, &data),
+            Command::Build(args) => args.run(g),
+            Command::Pack {
+                data,
+                output,
+                per_shard,
+            } => pack(g, &data, &output, per_shard),
         }
     }
 }
@@ -105,6 +130,29 @@ fn fetch(g: &Global, spec: &str) -> Result<ExitCode> {
     match g.json {
         true => json(&json!({"data": spec, "path": place}))?,
         false => print(&format!("{spec} is in {}\n", place.display()))?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn pack(g: &Global, spec: &str, dir: &Path, per_shard: usize) -> Result<ExitCode> {
+    let r = data::pack(spec, dir, per_shard, OpenOptions { seed: g.seed })?;
+    for bad in r.bad.iter().take(3) {
+        g.remark(&format!("left out: {bad}"));
+    }
+    if r.bad.len() > 3 {
+        g.remark(&format!("and {} more are left out", r.bad.len() - 3));
+    }
+    match g.json {
+        true => json(&r)?,
+        false => print(&format!(
+            "{}: {} training and {} test images in {} shards, {:.1} MB, {} left out\ntilewright train -d shards:{0}\n",
+            dir.display(),
+            r.train,
+            r.test,
+            r.shards,
+            r.bytes as f64 / 1e6,
+            r.bad.len()
+        ))?,
     }
     Ok(ExitCode::SUCCESS)
 }

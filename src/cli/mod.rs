@@ -6,6 +6,7 @@
 
 mod analyze;
 mod bench;
+mod build;
 mod case;
 mod check;
 mod data;

@@ -16,7 +16,7 @@ pub(crate) struct Found {
 }
 
 /// The share that becomes the test split where there is no folder for one.
-const TEST_SHARE: f64 = 0.2;
+pub(crate) const TEST_SHARE: f64 = 0.2;
 /// Names by which a file says that it is an image. A file with another name counts as one if its content does.
 const EXTENSIONS: &[&str] = &[
     "jpg", "jpeg", "png", "bmp", "gif", "webp", "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "pam",

@@ -1,6 +1,6 @@
 //! A split at a network's size: squares of bytes in memory where they fit, else decoded when they are needed.
 
-use super::decode::decode_file;
+use super::decode::decode;
 use super::preprocess::{Preprocess, Squares};
 use super::split::{Pixels, Split};
 use crate::{Error, Result};
@@ -42,6 +42,13 @@ pub struct PrepareOptions {
     /// Unreadable images that are dropped before the run stops.
     pub max_bad: MaxBad,
 }
+
+/// Of images in shards, which there may be millions of: decoded ones stay in memory only where they are few, and parts
+/// that cannot be read are counted, reported and left out, up to a half.
+const SHARDS: PrepareOptions = PrepareOptions {
+    memory: 512 << 20,
+    max_bad: MaxBad::Share(0.5),
+};
 
 impl Default for PrepareOptions {
     /// 4 GiB, 1 %.
@@ -89,9 +96,15 @@ impl Images {
     pub fn prepare(
         split: &Split,
         preprocess: Preprocess,
-        options: PrepareOptions,
+        mut options: PrepareOptions,
     ) -> Result<Images> {
         preprocess.check()?;
+        if matches!(split.source.pixels, Pixels::Shards(_)) {
+            options = PrepareOptions {
+                memory: options.memory.min(SHARDS.memory),
+                ..SHARDS
+            };
+        }
         if split.is_empty() {
             return Err(Error::input("the data set has no images in this split"));
         }
@@ -125,7 +138,7 @@ impl Images {
                 |maker, (position, out)| {
                     let index = self.split.indices[position];
                     let made = match maker {
-                        Ok(maker) => self.make(index, maker, out),
+                        Ok(maker) => self.make(index, None, maker, out),
                         Err(e) => Err(Error::run(e.to_string())),
                     };
                     made.err().map(|e| {
@@ -184,20 +197,25 @@ impl Images {
         )))
     }
 
-    /// One square from the source.
-    fn make(&self, index: u32, maker: &mut Squares, out: &mut [u8]) -> Result<()> {
+    /// One square from the source, or from what was read of it before.
+    fn make(
+        &self,
+        index: u32,
+        read: Option<Result<Vec<u8>>>,
+        maker: &mut Squares,
+        out: &mut [u8],
+    ) -> Result<()> {
         match &self.split.source.pixels {
             Pixels::Memory { size, bytes } => {
                 let one = *size as usize * *size as usize * 3;
                 let at = index as usize * one;
                 maker.make_from(*size, *size, &bytes[at..at + one], out)
             }
-            Pixels::Files(files) => {
-                let path = &files[index as usize];
-                let image = decode_file(path)?;
-                maker
-                    .make(&image, out)
-                    .map_err(|e| e.context(path.display()))
+            pixels => {
+                let bytes = read.unwrap_or_else(|| pixels.bytes(index))?;
+                decode(&bytes)
+                    .and_then(|image| maker.make(&image, out))
+                    .map_err(|e| e.context(pixels.name(index)))
             }
         }
     }
@@ -246,6 +264,17 @@ impl Images {
         scratch: &mut Scratch,
         f: impl FnOnce(&[u8]) -> R,
     ) -> Result<Option<R>> {
+        self.with_square_of(position, None, scratch, f)
+    }
+
+    /// [`with_square`](Self::with_square) of an image file that was `read` already.
+    pub(crate) fn with_square_of<R>(
+        &self,
+        position: usize,
+        read: Option<Result<Vec<u8>>>,
+        scratch: &mut Scratch,
+        f: impl FnOnce(&[u8]) -> R,
+    ) -> Result<Option<R>> {
         let one = scratch.square.len();
         let index = self.split.indices[position];
         match (&self.store, &self.split.source.pixels) {
@@ -256,7 +285,7 @@ impl Images {
                 let at = index as usize * one;
                 Ok(Some(f(&bytes[at..at + one])))
             }
-            _ => match self.make(index, &mut scratch.maker, &mut scratch.square) {
+            _ => match self.make(index, read, &mut scratch.maker, &mut scratch.square) {
                 Ok(()) => Ok(Some(f(&scratch.square))),
                 Err(e) => {
                     let bad = BadImage {

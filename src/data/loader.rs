@@ -8,6 +8,7 @@ use super::colour::Colour;
 use super::images::Images;
 use super::mix::Mix;
 use super::random::{Use, shuffle, stream};
+use super::shards::stream::{Lease, Stream};
 use crate::{Error, Result};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -156,6 +157,8 @@ struct Shared {
     steps: usize,
     levels: [[f32; 256]; 3],
     labels: Vec<u32>,
+    /// Reads ahead, where the images lie in shards and come once an epoch.
+    stream: Option<Stream>,
     queue: Mutex<Queue>,
     changed: Condvar,
 }
@@ -224,6 +227,14 @@ impl Loader {
         };
         let levels = images.preprocess().levels();
         let labels = images.split().labels();
+        let once = !images.in_memory() && !options.balanced && options.repeats <= 1;
+        let stream = match once {
+            true => {
+                let seed = options.shuffle.then_some(options.seed);
+                Stream::new(images.split(), options.batch, seed)?
+            }
+            false => None,
+        };
         let queue = Mutex::default();
         let shared = Arc::new(Shared {
             images,
@@ -231,6 +242,7 @@ impl Loader {
             steps,
             levels,
             labels,
+            stream,
             queue,
             changed: Condvar::new(),
         });
@@ -276,6 +288,9 @@ impl Feed for Loader {
         queue.next = queue.take;
         let dropped = std::mem::take(&mut queue.ready);
         queue.free.extend(dropped.into_values().flatten());
+        if let Some(stream) = &self.shared.stream {
+            stream.reset();
+        }
         drop(queue);
         self.ended = true;
         self.shared.changed.notify_all();
@@ -341,14 +356,21 @@ impl Shared {
             queue.next += 1;
             let mut batch = queue.free.pop().unwrap_or_default();
             let epoch = (number / self.steps as u64) as u32;
-            let order = self.order(&mut queue, epoch);
-            drop(queue);
             batch.epoch = epoch;
             batch.step = (number % self.steps as u64) as usize;
+            let (lease, order) = match &self.stream {
+                Some(stream) => {
+                    let oldest = (queue.take / self.steps as u64) as u32;
+                    let (lease, order) = stream.begin(epoch, batch.step, oldest);
+                    (Some(lease), order)
+                }
+                None => (None, self.order(&mut queue, epoch)),
+            };
+            drop(queue);
             let made = match &mut scratch {
                 // A panic here would leave the consumer waiting for ever: it gets an error instead.
                 Ok(scratch) => std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-                    self.fill(&mut batch, &order, scratch)
+                    self.fill(&mut batch, &order, lease, scratch)
                 }))
                 .unwrap_or_else(|_| {
                     Err(Error::run(
@@ -384,6 +406,7 @@ impl Shared {
         &self,
         batch: &mut Batch,
         order: &[u32],
+        lease: Option<Lease>,
         scratch: &mut super::images::Scratch,
     ) -> Result<()> {
         let n = self.options.batch;
@@ -407,9 +430,16 @@ impl Shared {
                 .augment
                 .map(|a| a.draw(size, seed, epoch | repetition << 24, index));
             let out = &mut batch.images[slot * pixels..(slot + 1) * pixels];
+            let read = match self.stream.as_ref().zip(lease) {
+                Some((stream, lease)) => match stream.take(lease, position) {
+                    None => return Err(Error::run("the batch is not wanted any more")),
+                    bytes => bytes,
+                },
+                None => None,
+            };
             let made = self
                 .images
-                .with_square(position as usize, scratch, |square| {
+                .with_square_of(position as usize, read, scratch, |square| {
                     let mut coloured = vec![];
                     let mut square = square;
                     if let Some(d) = drawn.as_ref().filter(|d| !d.colours.is_empty()) {

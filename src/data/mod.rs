@@ -4,6 +4,7 @@
 //! [`Images::prepare`] brings a split to a network's size; a [`Loader`] makes batches of it.
 
 mod augment;
+mod build;
 mod cifar;
 mod colour;
 mod decode;
@@ -19,6 +20,7 @@ mod pickle;
 mod preprocess;
 mod random;
 mod rows;
+mod shards;
 mod split;
 mod synthetic;
 #[cfg(test)]
@@ -26,6 +28,7 @@ mod tests;
 mod verify;
 
 pub use augment::{Affine, Augment, Drawn, IDENTITY};
+pub use build::{BuildOptions, BuildReport, Cause, Fields, Reduce, Spread, build};
 pub use colour::Colour;
 pub use decode::{Rgb, decode, decode_file};
 pub use fetch::{MIRROR_VARIABLE, fetch};
@@ -34,6 +37,7 @@ pub use loader::{Batch, Feed, Loader, LoaderOptions};
 pub use mix::Mix;
 pub use preprocess::{IMAGENET_MEAN, IMAGENET_STD, Interpolation, Preprocess, ResizeMode};
 pub use rows::{RowLoader, Rows};
+pub use shards::{PackReport, pack};
 pub use split::{PerClass, Split};
 pub use verify::{Listing, Report, list, verify};
 
@@ -83,9 +87,13 @@ pub enum Spec {
     TinyImagenet(Option<PathBuf>),
     /// `folder:DIR`
     Folder(PathBuf),
+    /// `shards:PATTERN`
+    Shards(String),
+    /// `packed:DATA`
+    Packed(Box<Spec>),
 }
 
-const KNOWN: &str = "digits, synthetic[:CLASSESxSIZE], cifar10[:DIR], cifar100[:DIR], tiny-imagenet[:DIR], folder:DIR";
+const KNOWN: &str = "digits, synthetic[:CLASSESxSIZE], cifar10[:DIR], cifar100[:DIR], tiny-imagenet[:DIR], folder:DIR, shards:DIR|PATTERN, packed:DATA";
 
 impl std::str::FromStr for Spec {
     type Err = Error;
@@ -112,6 +120,13 @@ impl std::str::FromStr for Spec {
             ("cifar100", dir) => Ok(Spec::Cifar100(dir)),
             ("tiny-imagenet", dir) => Ok(Spec::TinyImagenet(dir)),
             ("folder", Some(dir)) => Ok(Spec::Folder(dir)),
+            ("shards", Some(_)) => Ok(Spec::Shards(rest.unwrap_or_default().to_owned())),
+            ("packed", Some(_)) => match rest.unwrap_or_default().parse()? {
+                Spec::Shards(_) | Spec::Packed(_) => Err(Error::input(format!(
+                    "data set `{text}`: these are shards already"
+                ))),
+                inner => Ok(Spec::Packed(Box::new(inner))),
+            },
             _ => Err(Error::input(format!(
                 "no data set is called `{text}`; known are {KNOWN}"
             ))),
@@ -152,6 +167,8 @@ impl std::fmt::Display for Spec {
             Spec::Cifar100(dir) => with("cifar100", dir),
             Spec::TinyImagenet(dir) => with("tiny-imagenet", dir),
             Spec::Folder(dir) => write!(f, "folder:{}", dir.display()),
+            Spec::Shards(pattern) => write!(f, "shards:{pattern}"),
+            Spec::Packed(inner) => write!(f, "packed:{inner}"),
         }
     }
 }
@@ -180,6 +197,8 @@ pub struct Sets {
     pub std: [f32; 3],
     /// Remarks for the user: how a split was made, say.
     pub notes: Vec<String>,
+    /// What cannot be used and was left out, a line each (of shards; files are not opened before they are needed).
+    pub broken: Vec<String>,
 }
 
 impl Sets {
@@ -215,6 +234,7 @@ pub fn open(spec: &str, options: OpenOptions) -> Result<Sets> {
         mean,
         std,
         notes,
+        broken: Vec::new(),
     };
     let imagenet = (IMAGENET_MEAN, IMAGENET_STD);
     match &spec {
@@ -264,6 +284,26 @@ pub fn open(spec: &str, options: OpenOptions) -> Result<Sets> {
             let size = common_size(&found.train);
             Ok(sets(found.train, found.test, size, imagenet, found.notes))
         }
+        Spec::Shards(pattern) => {
+            let (found, about, broken) = shards::open(pattern, options.seed)?;
+            let size = common_size(&found.train);
+            let own = (
+                about.mean.unwrap_or(IMAGENET_MEAN),
+                about.std.unwrap_or(IMAGENET_STD),
+            );
+            Ok(Sets {
+                broken,
+                ..sets(found.train, found.test, size, own, found.notes)
+            })
+        }
+        Spec::Packed(inner) => {
+            let dir = shards::packed(&inner.to_string(), options)?;
+            let packed = open(&format!("shards:{}", dir.display()), options)?;
+            Ok(Sets {
+                spec: spec.clone(),
+                ..packed
+            })
+        }
     }
 }
 
@@ -277,7 +317,8 @@ impl Spec {
             Spec::Cifar10(_) => Some((10, Some(cifar::SIZE))),
             Spec::Cifar100(_) => Some((100, Some(cifar::SIZE))),
             Spec::TinyImagenet(_) => Some((200, Some(64))),
-            Spec::Folder(_) => None,
+            Spec::Packed(inner) => inner.known(),
+            Spec::Folder(_) | Spec::Shards(_) => None,
         }
     }
 
@@ -305,10 +346,8 @@ fn tiny_imagenet_dir(dir: Option<&Path>) -> Result<PathBuf> {
 fn common_size(split: &Split) -> Option<u32> {
     let step = (split.len() / 8).max(1);
     let mut sizes = split.indices().iter().step_by(step).map(|&i| {
-        let reader = image::ImageReader::open(split.path(i)?)
-            .ok()?
-            .with_guessed_format()
-            .ok()?;
+        let file = std::io::Cursor::new(split.source.pixels.bytes(i).ok()?);
+        let reader = image::ImageReader::new(file).with_guessed_format().ok()?;
         reader.into_dimensions().ok()
     });
     let (w, h) = sizes.next()??;

@@ -163,6 +163,17 @@ impl Squares {
         if (w, h) == (width, height) {
             return copy_centre(pixels, (w, h), size, out);
         }
+        let scaled = self.scale(pixels, (width, height), (w, h))?;
+        copy_centre(&scaled, (w, h), size, out)
+    }
+
+    /// `[height, width, 3]` pixels at another size.
+    fn scale<'a>(
+        &mut self,
+        pixels: &'a [u8],
+        (width, height): (u32, u32),
+        (w, h): (u32, u32),
+    ) -> Result<Cow<'a, [u8]>> {
         // The horizontal pass first, as PIL does it: the order shows where a bicubic filter overshoots and is clipped
         // between the passes. (Pillow 13 turns the order round for some shapes, where it is faster; Pillow up to 12,
         // with which published accuracies were measured, never does.)
@@ -177,7 +188,7 @@ impl Squares {
                 at = to;
             }
         }
-        copy_centre(&from, (w, h), size, out)
+        Ok(from)
     }
 
     fn resize(&mut self, pixels: &[u8], from: (u32, u32), to: (u32, u32)) -> Result<Vec<u8>> {
@@ -201,6 +212,42 @@ impl Squares {
             .map_err(|e| fail(&e))?;
         drop(target);
         Ok(out)
+    }
+}
+
+/// An image whose shorter side is `size` at most (0: any), resized by a bicubic filter where it is longer.
+pub(crate) fn resize_shorter(image: Rgb, size: u32) -> Result<Rgb> {
+    if size == 0 || image.width.min(image.height) <= size {
+        return Ok(image);
+    }
+    let p = bicubic(size);
+    let to = resized(&p, image.width, image.height)?;
+    let pixels = Squares::new(&p)?
+        .scale(&image.pixels, (image.width, image.height), to)?
+        .into_owned();
+    Ok(Rgb {
+        width: to.0,
+        height: to.1,
+        pixels,
+    })
+}
+
+/// The centre of an image, its shorter side brought to `size` by a bicubic filter.
+pub(crate) fn squared(image: &Rgb, size: u32) -> Result<Rgb> {
+    let mut squares = Squares::new(&bicubic(size))?;
+    let mut pixels = vec![0; squares.bytes()];
+    squares.make(image, &mut pixels)?;
+    Ok(Rgb {
+        width: size,
+        height: size,
+        pixels,
+    })
+}
+
+fn bicubic(size: u32) -> Preprocess {
+    Preprocess {
+        interpolation: Interpolation::Bicubic,
+        ..Preprocess::new(size)
     }
 }
 

@@ -15,6 +15,8 @@ pub(crate) enum Use {
     Synthetic = 4,
     /// Mixing of the samples of a batch: (epoch, batch).
     Mix = 5,
+    /// Order of images in shards: (epoch, 1) when they are read, (0, 0) when they are written.
+    Shards = 6,
 }
 
 /// The stream for `purpose`, told apart by `a` and `b`.

@@ -1,6 +1,8 @@
 //! Images with labels, and views of them that copy no pixels.
 
+use super::decode::{Rgb, decode};
 use super::random::{Use, shuffle, stream};
+use super::shards::Shards;
 use crate::{Error, Result};
 use sha2::{Digest, Sha256};
 use std::path::{Path, PathBuf};
@@ -12,6 +14,36 @@ pub(crate) enum Pixels {
     Memory { size: u32, bytes: Vec<u8> },
     /// One file an image, decoded when asked for.
     Files(Vec<PathBuf>),
+    /// Many files in a few archives, decoded when asked for.
+    Shards(Shards),
+}
+
+impl Pixels {
+    /// The image file at `index`; empty for images in memory, which are no files.
+    pub(crate) fn bytes(&self, index: u32) -> Result<Vec<u8>> {
+        match self {
+            Pixels::Memory { .. } => Ok(vec![]),
+            Pixels::Files(files) => {
+                let path = &files[index as usize];
+                std::fs::read(path).map_err(|e| Error::reading(path, e))
+            }
+            Pixels::Shards(shards) => shards.read(index),
+        }
+    }
+
+    /// What an image is called in messages.
+    pub(crate) fn name(&self, index: u32) -> String {
+        match self {
+            Pixels::Memory { .. } => format!("image {index}"),
+            Pixels::Files(files) => files[index as usize].display().to_string(),
+            Pixels::Shards(shards) => shards.name(index),
+        }
+    }
+
+    /// Decodes the image file at `index`.
+    pub(crate) fn decode(&self, index: u32) -> Result<Rgb> {
+        decode(&self.bytes(index)?).map_err(|e| e.context(self.name(index)))
+    }
 }
 
 /// All images of a split, shared by its views.
@@ -83,6 +115,7 @@ impl Split {
                 bytes.len() / (*size as usize * *size as usize * 3).max(1)
             }
             Pixels::Files(files) => files.len(),
+            Pixels::Shards(shards) => shards.entries.len(),
         };
         if images != labels.len() || u32::try_from(images).is_err() {
             return Err(Error::input(format!(
@@ -169,6 +202,8 @@ impl Split {
                     hash.update(format!("{} {} {time:?}\n", path.display(), about.len()));
                 }
             }
+            // The indices above and the shards' sizes and times tell which images these are.
+            Pixels::Shards(shards) => hash.update(shards.identify()?),
         }
         Ok(())
     }
@@ -186,7 +221,7 @@ impl Split {
     pub fn path(&self, index: u32) -> Option<&Path> {
         match &self.source.pixels {
             Pixels::Files(files) => files.get(index as usize).map(PathBuf::as_path),
-            Pixels::Memory { .. } => None,
+            Pixels::Memory { .. } | Pixels::Shards(_) => None,
         }
     }
 

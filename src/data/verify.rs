@@ -1,6 +1,5 @@
 //! What there is and whether it is whole: `data list` and `data verify`.
 
-use super::decode::decode_file;
 use super::split::{Pixels, Split};
 use super::{OpenOptions, Spec, cifar, data_dir, open, tiny_imagenet_dir};
 use crate::Result;
@@ -42,7 +41,7 @@ pub fn verify(spec: &str) -> Result<Report> {
         train: 0,
         test: 0,
         classes,
-        bad: Vec::new(),
+        bad: sets.broken.clone(),
         notes: sets.notes.clone(),
     };
     report.train = check(&sets.train, &mut report.bad);
@@ -52,13 +51,14 @@ pub fn verify(spec: &str) -> Result<Report> {
 
 /// Decodes the images of a split; how many are whole.
 fn check(split: &Split, bad: &mut Vec<String>) -> usize {
-    let Pixels::Files(files) = &split.source.pixels else {
+    let pixels = &split.source.pixels;
+    if matches!(pixels, Pixels::Memory { .. }) {
         return split.len();
-    };
+    }
     let found: Vec<String> = split
         .indices
         .par_iter()
-        .filter_map(|&i| decode_file(&files[i as usize]).err())
+        .filter_map(|&i| pixels.decode(i).err())
         .map(|e| e.to_string())
         .collect();
     let whole = split.len() - found.len();
@@ -165,6 +165,22 @@ pub fn list() -> Vec<Listing> {
         row(
             "folder:DIR",
             "one folder of images for each class, optionally under train/ and test|val/",
+            0,
+            0,
+            None,
+            false,
+        ),
+        row(
+            "shards:DIR|PATTERN",
+            "tar files of images as WebDataset has them; `data build` and `data pack` write some",
+            0,
+            0,
+            None,
+            false,
+        ),
+        row(
+            "packed:DATA",
+            "any of these, written as shards to the cache once and read from there",
             0,
             0,
             None,

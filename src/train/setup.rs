@@ -189,6 +189,7 @@ pub(super) fn prepare(
     preprocess: Preprocess,
     memory: bool,
 ) -> Result<RunData> {
+    let mut notes = sets.notes;
     let mut train = sets.train;
     let mut test = sets.test;
     if config.val_share > 0.0 {
@@ -216,7 +217,6 @@ pub(super) fn prepare(
     }
     let train = Images::prepare(&train, preprocess, options)?;
     let test = Images::prepare(&test, preprocess, options)?;
-    let mut notes = vec![];
     for (name, images) in [("training", &train), ("test", &test)] {
         let bad = images.bad();
         if let Some(first) = bad.first() {
