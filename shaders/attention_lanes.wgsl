@@ -1,8 +1,12 @@
 // Fused attention for adapters whose subgroup is 8 lanes of a CPU's SIMD unit; see gemm_lanes.wgsl for why loads are
 // spread by broadcasts. A workgroup is one subgroup: QG octets of queries (or, for dK and dV, of keys) of one head, one
 // per lane, against tiles of SUBS * KO octets of keys (queries). Scores of a tile pass through workgroup memory, each
-// lane reading only what it wrote, so there are no barriers; products with them are made CB * 4 channels at a time,
-// because a kernel that holds a whole head in registers takes a software adapter seconds to compile.
+// lane reading only what it wrote, so there are no barriers; products with them are made CB * 4 channels at a time.
+//
+// The operands are brought head by head into the workspace first (by_head): 32 rows of a [tokens, 3, heads, dim] matrix,
+// 9,216 bytes apart, fall into four sets of a CPU's first cache and push each other out of it. An index that is counted
+// up, and not computed at the load, keeps its computation out of the compiler's loop over the lanes. And what needs no
+// speed is a loop that the compiler cannot unroll, over registers that move up: each load or store costs it 2 ms.
 
 //#include "math.wgsl"
 
@@ -14,7 +18,7 @@
 //#const CB 8
 //#const VL 4
 
-struct Params { tokens: u32, heads: u32, images: u32, groups_x: u32, scale: f32 }
+struct Params { tokens: u32, heads: u32, images: u32, groups_x: u32, scale: f32, parts: u32, octets: u32, quads: u32 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read_write> qkv: array<vec4<f32>>;
 @group(0) @binding(2) var<storage, read_write> out: array<vec4<f32>>;
@@ -27,102 +31,175 @@ var<workgroup> weights: array<vec4<f32>, SUBS * KQ * QG * 8>;
 var<workgroup> slopes: array<vec4<f32>, SUBS * KQ * QG * 8>;
 var<workgroup> shrinks: array<f32, SUBS * QG * 8>;
 
-fn exp1(x: f32) -> f32 {
-    return exp_neg(vec4(min(x, 0.0))).x;
+// out [images, heads, parts, tokens, dim] of qkv [images, tokens, parts, heads, dim].
+@compute @workgroup_size(64)
+fn by_head(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: vec3<u32>) {
+    let i = wg.x * 64u + l;
+    if i >= p.tokens * D4 { return; }
+    let image = wg.y / p.heads;
+    let head = wg.y % p.heads;
+    let token = i / D4;
+    out[(wg.y * p.parts + wg.z) * p.tokens * D4 + i] =
+        qkv[(((image * p.tokens + token) * p.parts + wg.z) * p.heads + head) * D4 + i % D4];
 }
 
-fn highest(v: vec4<f32>) -> f32 {
-    return max(max(v.x, v.y), max(v.z, v.w));
-}
+// sum[g, j] += a[x_g, :] . b[rows of quad j, :], where lane l has row x_g of a and row y_u of b.
+//#macro dots sum a x b y
+            {
+//#for g QG
+                var at${g} = ${x}${g};
+//#end
+//#for u KO
+                var bt${u} = ${y}${u};
+//#end
+                for (var d = 0u; d < D4; d++) {
+//#for g QG
+                    let a${g} = ${a}[at${g}];
+                    at${g}++;
+//#end
+//#for u KO
+                    let b${u} = ${b}[bt${u}];
+                    bt${u}++;
+//#end
+//#for u KO
+//#for i 2
+                    {
+                        let r0 = subgroupBroadcast(b${u}, ${i}u * 4u);
+                        let r1 = subgroupBroadcast(b${u}, ${i}u * 4u + 1u);
+                        let r2 = subgroupBroadcast(b${u}, ${i}u * 4u + 2u);
+                        let r3 = subgroupBroadcast(b${u}, ${i}u * 4u + 3u);
+                        let bx = vec4(r0.x, r1.x, r2.x, r3.x);
+                        let by = vec4(r0.y, r1.y, r2.y, r3.y);
+                        let bz = vec4(r0.z, r1.z, r2.z, r3.z);
+                        let bw = vec4(r0.w, r1.w, r2.w, r3.w);
+//#for g QG
+                        ${sum}[${g}u * KQ + ${u}u * 2u + ${i}u] = fma(vec4(a${g}.x), bx, fma(vec4(a${g}.y), by,
+                            fma(vec4(a${g}.z), bz, fma(vec4(a${g}.w), bw, ${sum}[${g}u * KQ + ${u}u * 2u + ${i}u]))));
+//#end
+                    }
+//#end
+//#end
+                }
+            }
+//#endmacro
+
+// Where the rows of a tile stand for `products`: rows of b from b0 on, columns from `block` on, factors from lane l on.
+// Beyond the last token, where factors are zero, its row is taken again.
+//#macro rows b0
+            var at = l;
+//#for u VL
+            let column${u} = ${b0} + block + (${u}u * 8u + l) % CB;
+            let end${u} = column${u} + last * D4;
+            var row${u} = column${u} + min(tile + (${u}u * 8u + l) / CB, last) * D4;
+//#end
+//#endmacro
+
+// acc[g, c] += sum over the next KQ quads of rows of factors[row, g] * b[row, block + c].
+//#macro products acc factors b
+                for (var j = 0u; j < KQ; j++) {
+//#for g QG
+                    let w${g} = ${factors}[at + ${g}u * 8u];
+//#end
+                    at += QG * 8u;
+                    var v: array<vec4<f32>, VL>;
+//#for u VL
+                    v[${u}] = ${b}[row${u}];
+                    row${u} = min(row${u} + 4u * D4, end${u});
+//#end
+//#for c CB
+                    {
+//#for t 4
+                        let x${t} = subgroupBroadcast(v[(${t}u * CB + ${c}u) / 8u], (${t}u * CB + ${c}u) % 8u);
+//#end
+//#for g QG
+                        ${acc}[${g}u * CB + ${c}u] = fma(vec4(w${g}.w), x3, fma(vec4(w${g}.z), x2,
+                            fma(vec4(w${g}.y), x1, fma(vec4(w${g}.x), x0, ${acc}[${g}u * CB + ${c}u]))));
+//#end
+                    }
+//#end
+                }
+//#endmacro
+
+// Registers [QG, n] move up by a row.
+//#macro next_row registers n
+//#for g QG
+//#for j ${n}
+                ${registers}[${g}u * ${n} + ${j}u] = ${registers}[min((${g}u + 1u) * ${n} + ${j}u, QG * ${n} - 1u)];
+//#end
+//#end
+//#endmacro
+
+// The first n registers move up by one.
+//#macro next registers n
+//#for j ${n}
+                    ${registers}[${j}u] = ${registers}[min(${j}u + 1u, ${n} - 1u)];
+//#end
+//#endmacro
 
 // out = softmax(scale Q K^T) V, online over tiles; lse = the logarithm of the softmax' denominator.
 @compute @workgroup_size(8)
 fn forward(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: vec3<u32>) {
-    let h4 = p.heads * D4;
-    let first = (wg.y / p.heads) * p.tokens * 3u * h4 + (wg.y % p.heads) * D4;
-    let first_out = (wg.y / p.heads) * p.tokens * h4 + (wg.y % p.heads) * D4;
+    let part = p.tokens * D4;
+    let first = wg.y * 3u * part;
     let last = p.tokens - 1u;
+    let own = wg.x * (QG * 8u) + l;
 //#for g QG
-    let i${g} = wg.x * (QG * 8u) + ${g}u * 8u + l;
-    let q${g} = first + min(i${g}, last) * 3u * h4;
-    let o${g} = first_out + min(i${g}, last) * h4;
-    var top${g} = -1e30;
-    var sum${g} = 0.0;
+    let q${g} = first + min(own + ${g}u * 8u, last) * D4;
+//#end
+    var top: array<f32, QG>;
+    var sum = array<f32, QG>();
+//#for g QG
+    top[${g}] = -1e30;
 //#end
     for (var tile = 0u; tile < p.tokens; tile += SUBS * KO * 8u) {
         let subs = min(u32(SUBS), (p.tokens - tile + KO * 8u - 1u) / (KO * 8u));
+        // What this tile shrinks the sums over the tiles before by.
+        var shrunk: array<f32, QG>;
+//#for g QG
+        shrunk[${g}] = 1.0;
+//#end
         for (var sub = 0u; sub < subs; sub++) {
             let key0 = tile + sub * (KO * 8u);
-            var s: array<vec4<f32>, QG * KQ>;
-            for (var i = 0u; i < QG * KQ; i++) { s[i] = vec4(0.0); }
+            var s = array<vec4<f32>, QG * KQ>();
 //#for u KO
-            let k${u} = first + min(key0 + ${u}u * 8u + l, last) * 3u * h4 + h4;
+            let k${u} = first + part + min(key0 + ${u}u * 8u + l, last) * D4;
 //#end
-            for (var d = 0u; d < D4; d++) {
-//#for g QG
-                let a${g} = qkv[q${g} + d];
-//#end
-//#for u KO
-                let b${u} = qkv[k${u} + d];
-//#end
-//#for u KO
-//#for i 2
-                {
-                    let r0 = subgroupBroadcast(b${u}, ${i}u * 4u);
-                    let r1 = subgroupBroadcast(b${u}, ${i}u * 4u + 1u);
-                    let r2 = subgroupBroadcast(b${u}, ${i}u * 4u + 2u);
-                    let r3 = subgroupBroadcast(b${u}, ${i}u * 4u + 3u);
-                    let bx = vec4(r0.x, r1.x, r2.x, r3.x);
-                    let by = vec4(r0.y, r1.y, r2.y, r3.y);
-                    let bz = vec4(r0.z, r1.z, r2.z, r3.z);
-                    let bw = vec4(r0.w, r1.w, r2.w, r3.w);
-//#for g QG
-                    s[${g}u * KQ + ${u}u * 2u + ${i}u] = fma(vec4(a${g}.x), bx, fma(vec4(a${g}.y), by,
-                        fma(vec4(a${g}.z), bz, fma(vec4(a${g}.w), bw, s[${g}u * KQ + ${u}u * 2u + ${i}u]))));
-//#end
-                }
-//#end
-//#end
-            }
-            // Online softmax, all within the lane.
-//#for g QG
-            {
-                var high = vec4(top${g});
+//#call dots s qkv q qkv k
+            // Online softmax, all within the lane, an octet after the other.
+            for (var g = 0u; g < p.octets; g++) {
+                var high = vec4(top[0]);
 //#for j KQ
-                s[${g}u * KQ + ${j}u] = select(vec4(-1e30), s[${g}u * KQ + ${j}u] * p.scale,
+                s[${j}] = select(vec4(-1e30), s[${j}] * p.scale,
                     vec4(key0 + ${j}u * 4u) + vec4(0u, 1u, 2u, 3u) < vec4(p.tokens));
-                high = max(high, s[${g}u * KQ + ${j}u]);
+                high = max(high, s[${j}]);
 //#end
-                let now = highest(high);
-                let shrink = exp1(top${g} - now);
-                shrinks[(sub * QG + ${g}u) * 8u + l] = shrink;
-                top${g} = now;
+                let now = max(max(high.x, high.y), max(high.z, high.w));
+                let shrink = exp_neg(vec4(min(top[0] - now, 0.0))).x;
+                shrinks[(sub * QG + g) * 8u + l] = shrink;
                 var total = vec4(0.0);
 //#for j KQ
                 {
-                    let e = exp_neg(s[${g}u * KQ + ${j}u] - vec4(now));
+                    let e = exp_neg(s[${j}] - vec4(now));
                     total += e;
-                    weights[((sub * KQ + ${j}u) * QG + ${g}u) * 8u + l] = e;
+                    weights[((sub * KQ + ${j}u) * QG + g) * 8u + l] = e;
                 }
 //#end
-                sum${g} = sum${g} * shrink + (total.x + total.y) + (total.z + total.w);
+                let now_sum = sum[0] * shrink + (total.x + total.y) + (total.z + total.w);
+                let now_shrunk = shrunk[0] * shrink;
+//#call next_row s KQ
+                // Round to where they began.
+//#call next top QG
+//#call next sum QG
+//#call next shrunk QG
+                top[QG - 1] = now;
+                sum[QG - 1] = now_sum;
+                shrunk[QG - 1] = now_shrunk;
             }
-//#end
         }
         let done = tile + SUBS * KO * 8u >= p.tokens;
-//#for g QG
-        let share${g} = select(1.0, 1.0 / sum${g}, done);
-//#end
         for (var block = 0u; block < D4; block += CB) {
-            var acc: array<vec4<f32>, QG * CB>;
-            for (var c = 0u; c < QG * CB; c++) { acc[c] = vec4(0.0); }
-            if tile > 0u {
-//#for g QG
-//#for c CB
-                acc[${g}u * CB + ${c}u] = out[o${g} + block + ${c}u];
-//#end
-//#end
-            }
+            var acc = array<vec4<f32>, QG * CB>();
+//#call rows first + 2u * part
             for (var sub = 0u; sub < subs; sub++) {
 //#for g QG
                 {
@@ -132,171 +209,103 @@ fn forward(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: v
 //#end
                 }
 //#end
-                for (var j = 0u; j < KQ; j++) {
+//#call products acc weights qkv
+            }
+            var before = shrunk;
+            var share: array<f32, QG>;
 //#for g QG
-                    let w${g} = weights[((sub * KQ + j) * QG + ${g}u) * 8u + l];
+            share[${g}] = select(1.0, 1.0 / sum[${g}], done);
 //#end
-                    var v: array<vec4<f32>, VL>;
-//#for u VL
-                    v[${u}] = qkv[first + min(tile + (sub * KQ + j) * 4u + (${u}u * 8u + l) / CB, last) * 3u * h4 + 2u * h4 + block + (${u}u * 8u + l) % CB];
-//#end
-//#for c CB
-                    {
-//#for t 4
-                        let x${t} = subgroupBroadcast(v[(${t}u * CB + ${c}u) / 8u], (${t}u * CB + ${c}u) % 8u);
-//#end
-//#for g QG
-                        acc[${g}u * CB + ${c}u] = fma(vec4(w${g}.w), x3, fma(vec4(w${g}.z), x2,
-                            fma(vec4(w${g}.y), x1, fma(vec4(w${g}.x), x0, acc[${g}u * CB + ${c}u]))));
-//#end
+            for (var g = 0u; g < p.octets; g++) {
+                let i = own + g * 8u;
+                let o = (((wg.y / p.heads) * p.tokens + i) * p.heads + wg.y % p.heads) * D4 + block;
+                for (var c = 0u; c < p.quads; c++) {
+                    if i < p.tokens {
+                        var v = acc[0];
+                        if tile > 0u { v += out[o + c] * before[0]; }
+                        out[o + c] = v * share[0];
                     }
-//#end
+//#call next acc CB
                 }
+//#call next_row acc CB
+//#call next before QG
+//#call next share QG
             }
-//#for g QG
-            if i${g} < p.tokens {
-//#for c CB
-                out[o${g} + block + ${c}u] = acc[${g}u * CB + ${c}u] * share${g};
-//#end
-            }
-//#end
         }
     }
-//#for g QG
-    if i${g} < p.tokens {
-        lse[wg.y * p.tokens + i${g}] = top${g} + log_t(vec4(sum${g})).x;
+    for (var g = 0u; g < p.octets; g++) {
+        if own + g * 8u < p.tokens {
+            lse[wg.y * p.tokens + own + g * 8u] = top[0] + log_t(vec4(sum[0])).x;
+        }
+//#call next top QG
+//#call next sum QG
     }
-//#end
 }
+
+// Adds registers [QG, CB] to, or at the first tile puts them into, one part of dqkv.
+//#macro store_gradient acc which
+            for (var g = 0u; g < p.octets; g++) {
+                let i = own + g * 8u;
+                let row = ((wg.y / p.heads) * p.tokens + i) * 3u + ${which};
+                let o = (row * p.heads + wg.y % p.heads) * D4 + block;
+                for (var c = 0u; c < p.quads; c++) {
+                    if i < p.tokens {
+                        var v = ${acc}[0];
+                        if tile > 0u { v += dqkv[o + c]; }
+                        dqkv[o + c] = v;
+                    }
+//#call next ${acc} CB
+                }
+//#call next_row ${acc} CB
+            }
+//#endmacro
 
 // dQ: a lane's queries against tiles of keys.
 @compute @workgroup_size(8)
 fn backward_q(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: vec3<u32>) {
-    let h4 = p.heads * D4;
-    let first = (wg.y / p.heads) * p.tokens * 3u * h4 + (wg.y % p.heads) * D4;
-    let first_out = (wg.y / p.heads) * p.tokens * h4 + (wg.y % p.heads) * D4;
+    let part = p.tokens * D4;
+    let first = wg.y * 3u * part;
     let last = p.tokens - 1u;
+    let own = wg.x * (QG * 8u) + l;
 //#for g QG
-    let i${g} = wg.x * (QG * 8u) + ${g}u * 8u + l;
-    let q${g} = first + min(i${g}, last) * 3u * h4;
-    let o${g} = first_out + min(i${g}, last) * h4;
-    let lse${g} = lse[wg.y * p.tokens + min(i${g}, last)];
-    let delta${g} = delta[wg.y * p.tokens + min(i${g}, last)];
+    let q${g} = first + min(own + ${g}u * 8u, last) * D4;
+    let o${g} = wg.y * part + min(own + ${g}u * 8u, last) * D4;
 //#end
     for (var tile = 0u; tile < p.tokens; tile += SUBS * KO * 8u) {
         let subs = min(u32(SUBS), (p.tokens - tile + KO * 8u - 1u) / (KO * 8u));
         for (var sub = 0u; sub < subs; sub++) {
             let key0 = tile + sub * (KO * 8u);
-            var s: array<vec4<f32>, QG * KQ>;
-            var e: array<vec4<f32>, QG * KQ>;
-            for (var i = 0u; i < QG * KQ; i++) { s[i] = vec4(0.0); e[i] = vec4(0.0); }
+            var s = array<vec4<f32>, QG * KQ>();
+            var e = array<vec4<f32>, QG * KQ>();
 //#for u KO
-            let k${u} = first + min(key0 + ${u}u * 8u + l, last) * 3u * h4 + h4;
+            let k${u} = first + part + min(key0 + ${u}u * 8u + l, last) * D4;
+            let v${u} = k${u} + part;
 //#end
-            for (var d = 0u; d < D4; d++) {
-//#for g QG
-                let a${g} = qkv[q${g} + d];
-//#end
-//#for u KO
-                let b${u} = qkv[k${u} + d];
-//#end
-//#for u KO
-//#for i 2
-                {
-                    let r0 = subgroupBroadcast(b${u}, ${i}u * 4u);
-                    let r1 = subgroupBroadcast(b${u}, ${i}u * 4u + 1u);
-                    let r2 = subgroupBroadcast(b${u}, ${i}u * 4u + 2u);
-                    let r3 = subgroupBroadcast(b${u}, ${i}u * 4u + 3u);
-                    let bx = vec4(r0.x, r1.x, r2.x, r3.x);
-                    let by = vec4(r0.y, r1.y, r2.y, r3.y);
-                    let bz = vec4(r0.z, r1.z, r2.z, r3.z);
-                    let bw = vec4(r0.w, r1.w, r2.w, r3.w);
-//#for g QG
-                    s[${g}u * KQ + ${u}u * 2u + ${i}u] = fma(vec4(a${g}.x), bx, fma(vec4(a${g}.y), by,
-                        fma(vec4(a${g}.z), bz, fma(vec4(a${g}.w), bw, s[${g}u * KQ + ${u}u * 2u + ${i}u]))));
-//#end
-                }
-//#end
-//#end
-            }
-            for (var d = 0u; d < D4; d++) {
-//#for g QG
-                let a${g} = dout[o${g} + d];
-//#end
-//#for u KO
-                let b${u} = qkv[k${u} + h4 + d];
-//#end
-//#for u KO
-//#for i 2
-                {
-                    let r0 = subgroupBroadcast(b${u}, ${i}u * 4u);
-                    let r1 = subgroupBroadcast(b${u}, ${i}u * 4u + 1u);
-                    let r2 = subgroupBroadcast(b${u}, ${i}u * 4u + 2u);
-                    let r3 = subgroupBroadcast(b${u}, ${i}u * 4u + 3u);
-                    let bx = vec4(r0.x, r1.x, r2.x, r3.x);
-                    let by = vec4(r0.y, r1.y, r2.y, r3.y);
-                    let bz = vec4(r0.z, r1.z, r2.z, r3.z);
-                    let bw = vec4(r0.w, r1.w, r2.w, r3.w);
-//#for g QG
-                    e[${g}u * KQ + ${u}u * 2u + ${i}u] = fma(vec4(a${g}.x), bx, fma(vec4(a${g}.y), by,
-                        fma(vec4(a${g}.z), bz, fma(vec4(a${g}.w), bw, e[${g}u * KQ + ${u}u * 2u + ${i}u]))));
-//#end
-                }
-//#end
-//#end
-            }
+//#call dots s qkv q qkv k
+//#call dots e dout o qkv v
+            for (var g = 0u; g < p.octets; g++) {
+                let i = wg.y * p.tokens + min(own + g * 8u, last);
+                let its_lse = vec4(lse[i]);
+                let its_delta = vec4(delta[i]);
 //#for j KQ
-            {
-                let real = vec4(key0 + ${j}u * 4u) + vec4(0u, 1u, 2u, 3u) < vec4(p.tokens);
-//#for g QG
                 {
-                    let w = exp_neg(min(s[${g}u * KQ + ${j}u] * p.scale - vec4(lse${g}), vec4(0.0)));
-                    slopes[((sub * KQ + ${j}u) * QG + ${g}u) * 8u + l] =
-                        select(vec4(0.0), w * (e[${g}u * KQ + ${j}u] - vec4(delta${g})) * p.scale, real);
+                    let real = vec4(key0 + ${j}u * 4u) + vec4(0u, 1u, 2u, 3u) < vec4(p.tokens);
+                    let w = exp_neg(min(s[${j}] * p.scale - its_lse, vec4(0.0)));
+                    slopes[((sub * KQ + ${j}u) * QG + g) * 8u + l] =
+                        select(vec4(0.0), w * (e[${j}] - its_delta) * p.scale, real);
                 }
 //#end
+//#call next_row s KQ
+//#call next_row e KQ
             }
-//#end
         }
         for (var block = 0u; block < D4; block += CB) {
-            var acc: array<vec4<f32>, QG * CB>;
-            for (var c = 0u; c < QG * CB; c++) { acc[c] = vec4(0.0); }
-            if tile > 0u {
-//#for g QG
-//#for c CB
-                acc[${g}u * CB + ${c}u] = dqkv[q${g} + block + ${c}u];
-//#end
-//#end
-            }
+            var acc = array<vec4<f32>, QG * CB>();
+//#call rows first + part
             for (var sub = 0u; sub < subs; sub++) {
-                for (var j = 0u; j < KQ; j++) {
-//#for g QG
-                    let w${g} = slopes[((sub * KQ + j) * QG + ${g}u) * 8u + l];
-//#end
-                    var v: array<vec4<f32>, VL>;
-//#for u VL
-                    v[${u}] = qkv[first + min(tile + (sub * KQ + j) * 4u + (${u}u * 8u + l) / CB, last) * 3u * h4 + h4 + block + (${u}u * 8u + l) % CB];
-//#end
-//#for c CB
-                    {
-//#for t 4
-                        let x${t} = subgroupBroadcast(v[(${t}u * CB + ${c}u) / 8u], (${t}u * CB + ${c}u) % 8u);
-//#end
-//#for g QG
-                        acc[${g}u * CB + ${c}u] = fma(vec4(w${g}.w), x3, fma(vec4(w${g}.z), x2,
-                            fma(vec4(w${g}.y), x1, fma(vec4(w${g}.x), x0, acc[${g}u * CB + ${c}u]))));
-//#end
-                    }
-//#end
-                }
+//#call products acc slopes qkv
             }
-//#for g QG
-            if i${g} < p.tokens {
-//#for c CB
-                dqkv[q${g} + block + ${c}u] = acc[${g}u * CB + ${c}u];
-//#end
-            }
-//#end
+//#call store_gradient acc 0u
         }
     }
 }
@@ -304,180 +313,65 @@ fn backward_q(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg
 // dK and dV: a lane's keys against tiles of queries.
 @compute @workgroup_size(8)
 fn backward_kv(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: vec3<u32>) {
-    let h4 = p.heads * D4;
-    let first = (wg.y / p.heads) * p.tokens * 3u * h4 + (wg.y % p.heads) * D4;
-    let first_out = (wg.y / p.heads) * p.tokens * h4 + (wg.y % p.heads) * D4;
+    let part = p.tokens * D4;
+    let first = wg.y * 3u * part;
+    let first_out = wg.y * part;
     let last = p.tokens - 1u;
+    let own = wg.x * (QG * 8u) + l;
 //#for g QG
-    let i${g} = wg.x * (QG * 8u) + ${g}u * 8u + l;
-    let k${g} = first + min(i${g}, last) * 3u * h4 + h4;
+    let k${g} = first + part + min(own + ${g}u * 8u, last) * D4;
+    let v${g} = k${g} + part;
 //#end
     for (var tile = 0u; tile < p.tokens; tile += SUBS * KO * 8u) {
         let subs = min(u32(SUBS), (p.tokens - tile + KO * 8u - 1u) / (KO * 8u));
         for (var sub = 0u; sub < subs; sub++) {
-            let key0 = tile + sub * (KO * 8u);
-            var s: array<vec4<f32>, QG * KQ>;
-            var e: array<vec4<f32>, QG * KQ>;
-            for (var i = 0u; i < QG * KQ; i++) { s[i] = vec4(0.0); e[i] = vec4(0.0); }
+            let query0 = tile + sub * (KO * 8u);
+            var s = array<vec4<f32>, QG * KQ>();
+            var e = array<vec4<f32>, QG * KQ>();
 //#for u KO
-            let i_u${u} = min(key0 + ${u}u * 8u + l, last);
-            let q${u} = first + i_u${u} * 3u * h4;
-            let o${u} = first_out + i_u${u} * h4;
-            let lse${u} = lse[wg.y * p.tokens + i_u${u}];
-            let delta${u} = delta[wg.y * p.tokens + i_u${u}];
+            let i${u} = min(query0 + ${u}u * 8u + l, last);
+            let q${u} = first + i${u} * D4;
+            let o${u} = first_out + i${u} * D4;
+            let lse${u} = lse[wg.y * p.tokens + i${u}];
+            let delta${u} = delta[wg.y * p.tokens + i${u}];
 //#end
-            for (var d = 0u; d < D4; d++) {
-//#for g QG
-                let a${g} = qkv[k${g} + d];
-//#end
-//#for u KO
-                let b${u} = qkv[q${u} + d];
-//#end
+//#call dots s qkv k qkv q
+//#call dots e qkv v dout o
+            for (var g = 0u; g < p.octets; g++) {
 //#for u KO
 //#for i 2
                 {
-                    let r0 = subgroupBroadcast(b${u}, ${i}u * 4u);
-                    let r1 = subgroupBroadcast(b${u}, ${i}u * 4u + 1u);
-                    let r2 = subgroupBroadcast(b${u}, ${i}u * 4u + 2u);
-                    let r3 = subgroupBroadcast(b${u}, ${i}u * 4u + 3u);
-                    let bx = vec4(r0.x, r1.x, r2.x, r3.x);
-                    let by = vec4(r0.y, r1.y, r2.y, r3.y);
-                    let bz = vec4(r0.z, r1.z, r2.z, r3.z);
-                    let bw = vec4(r0.w, r1.w, r2.w, r3.w);
-//#for g QG
-                    s[${g}u * KQ + ${u}u * 2u + ${i}u] = fma(vec4(a${g}.x), bx, fma(vec4(a${g}.y), by,
-                        fma(vec4(a${g}.z), bz, fma(vec4(a${g}.w), bw, s[${g}u * KQ + ${u}u * 2u + ${i}u]))));
-//#end
-                }
-//#end
-//#end
-            }
-            for (var d = 0u; d < D4; d++) {
-//#for g QG
-                let a${g} = qkv[k${g} + h4 + d];
-//#end
-//#for u KO
-                let b${u} = dout[o${u} + d];
-//#end
-//#for u KO
-//#for i 2
-                {
-                    let r0 = subgroupBroadcast(b${u}, ${i}u * 4u);
-                    let r1 = subgroupBroadcast(b${u}, ${i}u * 4u + 1u);
-                    let r2 = subgroupBroadcast(b${u}, ${i}u * 4u + 2u);
-                    let r3 = subgroupBroadcast(b${u}, ${i}u * 4u + 3u);
-                    let bx = vec4(r0.x, r1.x, r2.x, r3.x);
-                    let by = vec4(r0.y, r1.y, r2.y, r3.y);
-                    let bz = vec4(r0.z, r1.z, r2.z, r3.z);
-                    let bw = vec4(r0.w, r1.w, r2.w, r3.w);
-//#for g QG
-                    e[${g}u * KQ + ${u}u * 2u + ${i}u] = fma(vec4(a${g}.x), bx, fma(vec4(a${g}.y), by,
-                        fma(vec4(a${g}.z), bz, fma(vec4(a${g}.w), bw, e[${g}u * KQ + ${u}u * 2u + ${i}u]))));
-//#end
-                }
-//#end
-//#end
-            }
-//#for u KO
-//#for i 2
-            {
-                let real = vec4(key0 + ${u}u * 8u + ${i}u * 4u) + vec4(0u, 1u, 2u, 3u) < vec4(p.tokens);
-                let its_lse = vec4(subgroupBroadcast(lse${u}, ${i}u * 4u), subgroupBroadcast(lse${u}, ${i}u * 4u + 1u),
-                    subgroupBroadcast(lse${u}, ${i}u * 4u + 2u), subgroupBroadcast(lse${u}, ${i}u * 4u + 3u));
-                let its_delta = vec4(subgroupBroadcast(delta${u}, ${i}u * 4u), subgroupBroadcast(delta${u}, ${i}u * 4u + 1u),
-                    subgroupBroadcast(delta${u}, ${i}u * 4u + 2u), subgroupBroadcast(delta${u}, ${i}u * 4u + 3u));
-//#for g QG
-                {
-                    let j = ${u}u * 2u + ${i}u;
-                    let at = ((sub * KQ + j) * QG + ${g}u) * 8u + l;
-                    let w = select(vec4(0.0), exp_neg(min(s[${g}u * KQ + ${u}u * 2u + ${i}u] * p.scale - its_lse, vec4(0.0))), real);
+                    let real = vec4(query0 + ${u}u * 8u + ${i}u * 4u) + vec4(0u, 1u, 2u, 3u) < vec4(p.tokens);
+                    let its_lse = vec4(subgroupBroadcast(lse${u}, ${i}u * 4u), subgroupBroadcast(lse${u}, ${i}u * 4u + 1u),
+                        subgroupBroadcast(lse${u}, ${i}u * 4u + 2u), subgroupBroadcast(lse${u}, ${i}u * 4u + 3u));
+                    let its_delta = vec4(subgroupBroadcast(delta${u}, ${i}u * 4u), subgroupBroadcast(delta${u}, ${i}u * 4u + 1u),
+                        subgroupBroadcast(delta${u}, ${i}u * 4u + 2u), subgroupBroadcast(delta${u}, ${i}u * 4u + 3u));
+                    let at = ((sub * KQ + ${u}u * 2u + ${i}u) * QG + g) * 8u + l;
+                    let w = select(vec4(0.0), exp_neg(min(s[${u}u * 2u + ${i}u] * p.scale - its_lse, vec4(0.0))), real);
                     weights[at] = w;
-                    slopes[at] = w * (e[${g}u * KQ + ${u}u * 2u + ${i}u] - its_delta) * p.scale;
+                    slopes[at] = w * (e[${u}u * 2u + ${i}u] - its_delta) * p.scale;
                 }
 //#end
+//#end
+//#call next_row s KQ
+//#call next_row e KQ
             }
-//#end
-//#end
         }
         for (var block = 0u; block < D4; block += CB) {
-            var acc: array<vec4<f32>, QG * CB>;
-            for (var c = 0u; c < QG * CB; c++) { acc[c] = vec4(0.0); }
-            if tile > 0u {
-//#for g QG
-//#for c CB
-                acc[${g}u * CB + ${c}u] = dqkv[k${g} + block + ${c}u];
-//#end
-//#end
-            }
+            var acc = array<vec4<f32>, QG * CB>();
+//#call rows first
             for (var sub = 0u; sub < subs; sub++) {
-                for (var j = 0u; j < KQ; j++) {
-//#for g QG
-                    let w${g} = slopes[((sub * KQ + j) * QG + ${g}u) * 8u + l];
-//#end
-                    var v: array<vec4<f32>, VL>;
-//#for u VL
-                    v[${u}] = qkv[first + min(tile + (sub * KQ + j) * 4u + (${u}u * 8u + l) / CB, last) * 3u * h4 + block + (${u}u * 8u + l) % CB];
-//#end
-//#for c CB
-                    {
-//#for t 4
-                        let x${t} = subgroupBroadcast(v[(${t}u * CB + ${c}u) / 8u], (${t}u * CB + ${c}u) % 8u);
-//#end
-//#for g QG
-                        acc[${g}u * CB + ${c}u] = fma(vec4(w${g}.w), x3, fma(vec4(w${g}.z), x2,
-                            fma(vec4(w${g}.y), x1, fma(vec4(w${g}.x), x0, acc[${g}u * CB + ${c}u]))));
-//#end
-                    }
-//#end
-                }
+//#call products acc slopes qkv
             }
-//#for g QG
-            if i${g} < p.tokens {
-//#for c CB
-                dqkv[k${g} + block + ${c}u] = acc[${g}u * CB + ${c}u];
-//#end
-            }
-//#end
+//#call store_gradient acc 1u
         }
         for (var block = 0u; block < D4; block += CB) {
-            var acc: array<vec4<f32>, QG * CB>;
-            for (var c = 0u; c < QG * CB; c++) { acc[c] = vec4(0.0); }
-            if tile > 0u {
-//#for g QG
-//#for c CB
-                acc[${g}u * CB + ${c}u] = dqkv[k${g} + h4 + block + ${c}u];
-//#end
-//#end
-            }
+            var acc = array<vec4<f32>, QG * CB>();
+//#call rows first_out
             for (var sub = 0u; sub < subs; sub++) {
-                for (var j = 0u; j < KQ; j++) {
-//#for g QG
-                    let w${g} = weights[((sub * KQ + j) * QG + ${g}u) * 8u + l];
-//#end
-                    var v: array<vec4<f32>, VL>;
-//#for u VL
-                    v[${u}] = dout[first_out + min(tile + (sub * KQ + j) * 4u + (${u}u * 8u + l) / CB, last) * h4 + block + (${u}u * 8u + l) % CB];
-//#end
-//#for c CB
-                    {
-//#for t 4
-                        let x${t} = subgroupBroadcast(v[(${t}u * CB + ${c}u) / 8u], (${t}u * CB + ${c}u) % 8u);
-//#end
-//#for g QG
-                        acc[${g}u * CB + ${c}u] = fma(vec4(w${g}.w), x3, fma(vec4(w${g}.z), x2,
-                            fma(vec4(w${g}.y), x1, fma(vec4(w${g}.x), x0, acc[${g}u * CB + ${c}u]))));
-//#end
-                    }
-//#end
-                }
+//#call products acc weights dout
             }
-//#for g QG
-            if i${g} < p.tokens {
-//#for c CB
-                dqkv[k${g} + h4 + block + ${c}u] = acc[${g}u * CB + ${c}u];
-//#end
-            }
-//#end
+//#call store_gradient acc 2u
         }
     }
 }

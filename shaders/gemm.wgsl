@@ -17,6 +17,7 @@ struct Params {
     per_split: u32, // wgrad: lines (tile kernel: pixels) per split
     k_tiles: u32,   // wgrad: tiles of K
     part0: u32,     // wgrad: index of this launch's first partial result
+    eights: u32, quads: u32, // lanes: the register tile, RG and CQ, where a loop is not to be unrolled
 }
 @group(0) @binding(0) var<uniform> p: Params;
 

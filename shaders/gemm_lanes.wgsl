@@ -2,6 +2,8 @@
 // lanes there and costs as much as some twenty multiply-adds, whatever its address; a broadcast from a lane is one
 // shuffle. So each load fetches a vec4 per lane, all different, and its 32 values are spread by broadcasts over a tile
 // held in registers: 8 loads for 512 multiply-adds. No barriers: one subgroup is one workgroup.
+// Loads and stores are also what takes long to compile there, 2 ms each; so the results are stored by a loop that the
+// compiler cannot unroll, over registers that move up by one each time, which an index could not do without a stack.
 // (1536x384x768: scalar loads 6.6 GFLOP/s, vec4 loads 13, with broadcasts 46, of a peak of 159.)
 
 //#include "math.wgsl"
@@ -10,6 +12,8 @@
 //#const RG 4
 //#const CQ 8
 //#const CO 4
+// Whether the activation is one that takes long to compile.
+//#const SMOOTH 0
 
 @group(0) @binding(1) var<storage, read_write> x: array<vec4<f32>>;
 @group(0) @binding(2) var<storage, read_write> w: array<vec4<f32>>;
@@ -28,18 +32,17 @@ fn fprop(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: vec
     let c4 = p.c / 4u;
     let ct4 = p.ct / 4u;
     let kt4 = p.kt / 4u;
-    var acc: array<vec4<f32>, RG * CQ>;
+    var acc = array<vec4<f32>, RG * CQ>();
 //#for g RG
     let row${g} = min(first_row + ${g}u * 8u + l, p.rows - 1u);
     let t${g} = row${g} / p.q;
     let iy${g} = i32((t${g} % p.p) * p.sh) - i32(p.ph);
     let ix${g} = i32((row${g} % p.q) * p.sw) - i32(p.pw);
     let at${g} = (t${g} / p.p) * p.h * p.w;
-    for (var j = 0u; j < CQ; j++) { acc[${g}u * CQ + j] = vec4(0.0); }
 //#end
     let filter4 = p.r * p.s * c4;
 //#for u CO
-    let w${u} = (group * p.k + min(col0 + ${u}u * 8u + l, p.k - 1u)) * filter4;
+    var w${u} = (group * p.k + min(col0 + ${u}u * 8u + l, p.k - 1u)) * filter4;
 //#end
     for (var r = 0u; r < p.r; r++) {
         for (var s = 0u; s < p.s; s++) {
@@ -47,15 +50,16 @@ fn fprop(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: vec
             let yy${g} = u32(iy${g} + i32(r));
             let xx${g} = u32(ix${g} + i32(s));
             let in${g} = yy${g} < p.h && xx${g} < p.w;
-            let x${g} = select(0u, (at${g} + yy${g} * p.w + xx${g}) * ct4 + group * c4, in${g});
+            var x${g} = select(0u, (at${g} + yy${g} * p.w + xx${g}) * ct4 + group * c4, in${g});
 //#end
-            let tap = (r * p.s + s) * c4;
             for (var c = 0u; c < c4; c++) {
 //#for g RG
-                let a${g} = select(vec4(0.0), x[x${g} + c], in${g});
+                let a${g} = select(vec4(0.0), x[x${g}], in${g});
+                x${g}++;
 //#end
 //#for u CO
-                let b${u} = w[w${u} + tap + c];
+                let b${u} = w[w${u}];
+                w${u}++;
 //#end
 //#for u CO
 //#for i 2
@@ -78,37 +82,30 @@ fn fprop(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: vec
             }
         }
     }
-    let smooth_act = p.act > 1u;
-//#for g RG
-    if first_row + ${g}u * 8u + l < p.rows {
-//#for u CO
-//#for i 2
-        {
-            let col = col0 + ${u}u * 8u + ${i}u * 4u;
-            if col < p.k {
+    for (var g = 0u; g < p.eights; g++) {
+        let row = first_row + g * 8u + l;
+        for (var j = 0u; j < p.quads; j++) {
+            let col = col0 + j * 4u;
+            if row < p.rows && col < p.k {
                 let channel = (group * p.k + col) / 4u;
-                let at = row${g} * kt4 + channel;
-                var v = acc[${g}u * CQ + ${u}u * 2u + ${i}u];
+                let at = row * kt4 + channel;
+                var v = acc[0];
                 if (p.flags & 1u) != 0u { v += bias[channel]; }
                 if (p.flags & 2u) != 0u { v += addend[at]; }
                 if (p.flags & 4u) != 0u { pre[at] = v; }
-                y[at] = select(v, vec4(0.0), (v < vec4(0.0)) & vec4(p.act == 1u));
+                if SMOOTH == 1 { v = act_value(p.act, v); }
+                else if p.act == 1u { v = select(v, vec4(0.0), v < vec4(0.0)); }
+                y[at] = v;
             }
+//#for j CQ
+            acc[${j}u] = acc[min(${j}u + 1u, CQ - 1u)];
+//#end
         }
+//#for g RG
+//#for j CQ
+        acc[${g}u * CQ + ${j}u] = acc[min((${g}u + 1u) * CQ + ${j}u, RG * CQ - 1u)];
 //#end
 //#end
-    }
-//#end
-    if smooth_act {
-        // Not unrolled with the stores above: GELU is long, and each lane reads back only what it wrote.
-        for (var j = 0u; j < RG * CQ; j++) {
-            let row = first_row + (j / CQ) * 8u + l;
-            let col = col0 + (j % CQ) * 4u;
-            if row < p.rows && col < p.k {
-                let at = row * kt4 + (group * p.k + col) / 4u;
-                y[at] = act_value(p.act, y[at]);
-            }
-        }
     }
 }
 
@@ -123,14 +120,13 @@ fn dgrad(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: vec
     let ct4 = p.ct / 4u;
     let k4 = p.k / 4u;
     let kt4 = p.kt / 4u;
-    var acc: array<vec4<f32>, RG * CQ>;
+    var acc = array<vec4<f32>, RG * CQ>();
 //#for g RG
     let row${g} = min(first_row + ${g}u * 8u + l, p.rows - 1u);
     let t${g} = row${g} / p.wc;
     let yc${g} = t${g} % p.hc;
     let xc${g} = row${g} % p.wc;
     let n${g} = t${g} / p.hc;
-    for (var j = 0u; j < CQ; j++) { acc[${g}u * CQ + j] = vec4(0.0); }
 //#end
     // Load u brings weights of output channel t (of four) and quad j of this tile's input channels, by lane.
     let stride = p.r * p.s * c4;
@@ -172,19 +168,28 @@ fn dgrad(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: vec
         }
         jr++;
     }
-//#for g RG
-    if first_row + ${g}u * 8u + l < p.rows {
-        let pixel = (n${g} * p.h + yc${g} * p.sh + p.cy) * p.w + xc${g} * p.sw + p.cx;
+    for (var g = 0u; g < p.eights; g++) {
+        let row = first_row + g * 8u + l;
+        let t = row / p.wc;
+        let line = (t / p.hc) * p.h + (t % p.hc) * p.sh + p.cy;
+        let pixel = line * p.w + (row % p.wc) * p.sw + p.cx;
+        for (var j = 0u; j < p.quads; j++) {
+            if row < p.rows && quad0 + j < c4 {
+                let at = pixel * ct4 + group * c4 + quad0 + j;
+                var v = acc[0];
+                if (p.flags & 2u) != 0u { v += addend[at]; }
+                y[at] = v;
+            }
 //#for j CQ
-        if quad0 + ${j}u < c4 {
-            let at = pixel * ct4 + group * c4 + quad0 + ${j}u;
-            var v = acc[${g}u * CQ + ${j}u];
-            if (p.flags & 2u) != 0u { v += addend[at]; }
-            y[at] = v;
+            acc[${j}u] = acc[min(${j}u + 1u, CQ - 1u)];
+//#end
         }
+//#for g RG
+//#for j CQ
+        acc[${g}u * CQ + ${j}u] = acc[min((${g}u + 1u) * CQ + ${j}u, RG * CQ - 1u)];
+//#end
 //#end
     }
-//#end
 }
 
 // dw of CQ * 4 output channels by RG / 4 * 32 (tap, channel) columns, over one split of the output lines (n, p).
@@ -199,8 +204,7 @@ fn wgrad(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: vec
     let group = wg.y / p.k_tiles;
     let quad0 = (wg.y % p.k_tiles) * CQ;
     let columns = p.r * p.s * c4;
-    var acc: array<vec4<f32>, CQ * 4 * NC>;
-    for (var j = 0u; j < CQ * 4u * NC; j++) { acc[j] = vec4(0.0); }
+    var acc = array<vec4<f32>, CQ * 4 * NC>();
 //#for m NC
     let col${m} = (wg.x * NC + ${m}u) * 8u + l;
     let tap${m} = col${m} / c4;
@@ -254,15 +258,19 @@ fn wgrad(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: vec
         }
     }
     let part = (p.part0 + wg.z) * p.kt * columns;
+    for (var j = 0u; j < p.quads * 4u; j++) {
+        let k = quad0 * 4u + j;
+        if k < p.k {
+//#for m NC
+            if real${m} { y[part + (group * p.k + k) * columns + col${m}] = acc[${m}u]; }
+//#end
+        }
 //#for j CQ
-    if quad0 + ${j}u < k4 {
 //#for e 4
 //#for m NC
-        if real${m} {
-            y[part + (group * p.k + (quad0 + ${j}u) * 4u + ${e}u) * columns + col${m}] = acc[(${j}u * 4u + ${e}u) * NC + ${m}u];
-        }
+        acc[(${j}u * 4u + ${e}u) * NC + ${m}u] = acc[min((${j}u * 4u + ${e}u + 1u) * NC + ${m}u, CQ * 4u * NC - 1u)];
+//#end
 //#end
 //#end
     }
-//#end
 }

@@ -27,9 +27,9 @@ fn column_sums(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) w
     y[(p.parts + wg.y) * p.n + c] = sum;
 }
 
-// y[row, 0 .. inner_padded] = x[row, 0 .. inner], then zeros; n is the number of elements of y.
+// y[row, 0 .. inner_padded] = x[row, 0 .. inner], cut off or with zeros behind; n is the number of elements of y.
 @compute @workgroup_size(64)
-fn pad_rows(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: vec3<u32>) {
+fn repitch(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: vec3<u32>) {
     let i = (wg.x + wg.y * p.groups_x) * 64u + l;
     if i >= p.n { return; }
     let c = i % p.inner_padded;

@@ -45,6 +45,9 @@ pub struct Case {
     pub differentiable: Vec<usize>,
     /// Half-width of the central differences that the reference's gradient is held to.
     pub step: f64,
+    /// How many times the usual error is allowed: above 1 where rounding an intermediate result, a large score before
+    /// its exponential, moves the results by more than the rounding itself.
+    pub condition: f64,
 }
 
 impl Case {
@@ -55,6 +58,7 @@ impl Case {
             operands: vec![],
             differentiable: vec![0],
             step: 1e-5,
+            condition: 1.0,
         }
     }
 

@@ -1,12 +1,15 @@
-//! The WGSL sources: embedded, or read from a folder (`--shaders DIR`), with three line directives put in place:
+//! The WGSL sources: embedded, or read from a folder (`--shaders DIR`), with four line directives put in place:
 //!
 //! - `//#include "file.wgsl"`: that file's text, once.
 //! - `//#const NAME 16`: a constant (or a type) with its default; a launch's constants replace it.
 //! - `//#for i N` ... `//#end`: the lines between, N times (a number or a constant), with `${i}` as 0, 1, ... N-1. WGSL
 //!   has no macros, and accumulators stay in registers only where they are named one by one.
+//! - `//#macro NAME a b` ... `//#endmacro`: lines for later, put in by `//#call NAME x y + 1` with `${a}` as `x` and
+//!   `${b}`, the last, as all that follows. A macro may call those before it.
 
 use crate::backend::source::SourceFolder;
 use crate::{Error, Result};
+use std::collections::HashMap;
 
 /// `shaders/`, or a folder in its place.
 #[derive(Clone, Debug)]
@@ -34,7 +37,7 @@ impl ShaderSource {
             .map(|(k, v)| (k.to_string(), v.clone()))
             .collect();
         let mut body = vec![];
-        for line in lines {
+        for line in macros(name, lines)? {
             match line.trim().strip_prefix("//#const ") {
                 Some(rest) => {
                     let (key, value) = rest
@@ -71,6 +74,52 @@ impl ShaderSource {
             }
         }
         Ok(())
+    }
+}
+
+/// Takes the macros out of `lines` and puts in what is called.
+fn macros(name: &str, lines: Vec<String>) -> Result<Vec<String>> {
+    let mut known: HashMap<String, (Vec<String>, Vec<String>)> = HashMap::new();
+    let mut out = vec![];
+    let mut open: Option<(String, Vec<String>, Vec<String>)> = None;
+    for line in lines {
+        let text = line.trim();
+        if let Some(head) = text.strip_prefix("//#macro ") {
+            let mut words = head.split_whitespace().map(String::from);
+            let title = words.next().filter(|_| open.is_none());
+            let title = title.ok_or_else(|| malformed(name, &line))?;
+            open = Some((title, words.collect(), vec![]));
+        } else if text == "//#endmacro" {
+            let (title, arguments, body) = open.take().ok_or_else(|| malformed(name, &line))?;
+            known.insert(title, (arguments, body));
+        } else {
+            let to = open.as_mut().map_or(&mut out, |m| &mut m.2);
+            match text.strip_prefix("//#call ") {
+                Some(call) => {
+                    let (title, rest) = call.split_once(' ').unwrap_or((call, ""));
+                    let found = known.get(title);
+                    let (names, body) = found.ok_or_else(|| malformed(name, &line))?;
+                    let values: Vec<&str> = rest.splitn(names.len().max(1), ' ').collect();
+                    if values.len() < names.len() {
+                        return Err(malformed(name, &line));
+                    }
+                    to.extend(body.iter().map(|l| {
+                        names
+                            .iter()
+                            .zip(&values)
+                            .fold(l.clone(), |l, (n, v)| l.replace(&format!("${{{n}}}"), v))
+                    }));
+                }
+                None => to.push(line),
+            }
+        }
+    }
+    match open {
+        Some((title, ..)) => Err(malformed(
+            name,
+            &format!("//#macro {title} without its end"),
+        )),
+        None => Ok(out),
     }
 }
 
@@ -166,7 +215,18 @@ mod tests {
             .assemble("t.wgsl", &vec![("N", "2".to_string())])
             .unwrap();
         assert_eq!(out, "const N = 2;\nv00\nv01\nv10\nv11\n");
-        std::fs::write(dir.path().join("t.wgsl"), "//#for i 2\n").unwrap();
-        assert!(source.assemble("t.wgsl", &vec![]).is_err());
+        let text = "//#macro add to what\n${to} += ${what};\n//#endmacro\n//#for i 2\n//#call add v${i} a + b\n//#end\n";
+        std::fs::write(dir.path().join("t.wgsl"), text).unwrap();
+        let out = source.assemble("t.wgsl", &vec![]).unwrap();
+        assert_eq!(out, "v0 += a + b;\nv1 += a + b;\n");
+        for wrong in [
+            "//#for i 2\n",
+            "//#call none\n",
+            "//#macro m\n",
+            "//#endmacro\n",
+        ] {
+            std::fs::write(dir.path().join("t.wgsl"), wrong).unwrap();
+            assert!(source.assemble("t.wgsl", &vec![]).is_err(), "{wrong}");
+        }
     }
 }

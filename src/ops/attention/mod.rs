@@ -275,7 +275,18 @@ pub const ROOM: Room = Room {
         let qkv = Spec::f32([n, t, p.get("width", 3 * h * d)?]);
         // Wider than normal where asked for, so that the softmax is sharp and its maximum matters.
         let spread = p.get("spread", 1.0)?;
-        Ok(Case::new(op).operand(qkv, Fill::Normal(spread), true))
+        let case = Case::new(op).operand(qkv, Fill::Normal(spread), true);
+        // The deviation of the scores, each the sum of d products. Forward and backward kernels may sum in another order,
+        // and a score's last bit is a share of its probability; where one probability is all, the gradient of its score is
+        // the difference of two sums as large.
+        let deviation = match scale {
+            0.0 => spread * spread,
+            _ => scale * (d as f32).sqrt() * spread * spread,
+        };
+        Ok(Case {
+            condition: f64::from(deviation.max(1.0)),
+            ..case
+        })
     },
     cases: &[
         "n=1,t=1,h=1,d=1",

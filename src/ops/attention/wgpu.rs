@@ -44,10 +44,29 @@ fn lanes(cx: &WgpuCx, dim: usize) -> Result<bool> {
     }
 }
 
-/// Octets of rows per tile, of at most `most`: few rows beyond the tokens, but many rows for every load.
-fn octets(tokens: usize, most: usize) -> usize {
+/// Octets of rows per tile, at most four: few rows beyond the tokens, but many rows for every load.
+fn octets(tokens: usize) -> usize {
     let cost = |n: usize| tokens.div_ceil(8 * n) * (8 * n * 2 + 24);
-    (1..=most).min_by_key(|&n| (cost(n), n)).unwrap_or(1)
+    (1..=4).min_by_key(|&n| (cost(n), n)).unwrap_or(1)
+}
+
+/// A kernel, and its parameters beyond what all of them have: parts, octets and quads of the lane kernels.
+struct Kernel {
+    shader: &'static str,
+    entry: &'static str,
+    consts: Consts,
+    more: [usize; 3],
+}
+
+impl Kernel {
+    fn tile(entry: &'static str, dim: usize) -> Self {
+        Kernel {
+            shader: "attention.wgsl",
+            entry,
+            consts: tile_consts(dim),
+            more: [0; 3],
+        }
+    }
 }
 
 /// Launches over the heads of some images.
@@ -57,7 +76,22 @@ struct Heads {
 }
 
 impl Heads {
-    /// One of the kernels over all queries (or keys): 64 to a workgroup, or for lanes up to `most` octets. `tiles` is the
+    /// Head by head, as the lane kernels want them: `parts` tensors of `x` `[images, tokens, parts, heads, dim]`.
+    fn by_head(&self, cx: &mut WgpuCx, x: Arg, y: Arg, images: usize, parts: usize) -> Result<()> {
+        let e = self.extents;
+        let quads = e.dim / 4;
+        let items = (e.tokens * quads).div_ceil(64);
+        let groups = [items, images * e.heads, parts].map(|v| v as u32);
+        let kernel = Kernel {
+            shader: "attention_lanes.wgsl",
+            entry: "by_head",
+            consts: vec![set("D4", quads)],
+            more: [parts, 0, 0],
+        };
+        self.launch(cx, kernel, images, vec![x, y], groups)
+    }
+
+    /// One of the kernels over all queries (or keys): 64 to a workgroup, or for lanes up to four octets. `tiles` is the
     /// number of score tiles that the lane kernel keeps in workgroup memory.
     fn rows(
         &self,
@@ -65,45 +99,49 @@ impl Heads {
         entry: &'static str,
         images: usize,
         args: Vec<Arg>,
-        (most, tiles): (usize, usize),
+        tiles: usize,
     ) -> Result<()> {
         let Extents { tokens, dim, .. } = self.extents;
         let mut per_group = 64;
-        let mut kernel = ("attention.wgsl", tile_consts(dim));
+        let mut kernel = Kernel::tile(entry, dim);
         if self.lanes {
-            let (own, other) = (octets(tokens, most), octets(tokens, 4));
-            per_group = 8 * own;
-            let bytes = own * (other * 256 * tiles + 32);
+            let octets = octets(tokens);
+            per_group = 8 * octets;
+            let bytes = octets * (octets * 256 * tiles + 32);
             let subs = tokens
-                .div_ceil(8 * other)
+                .div_ceil(8 * octets)
                 .min(cx.traits.workgroup_memory as usize / bytes);
             // The largest even number of quads up to 8 that divides the head.
             let block = (1..=4).rev().find(|b| (dim / 8).is_multiple_of(*b));
             let block = 2 * block.unwrap_or(1);
             let consts = vec![
                 set("D4", dim / 4),
-                set("QG", own),
-                set("KO", other),
-                set("KQ", 2 * other),
+                set("QG", octets),
+                set("KO", octets),
+                set("KQ", 2 * octets),
                 set("SUBS", subs.max(1)),
                 set("CB", block),
                 set("VL", block / 2),
             ];
-            kernel = ("attention_lanes.wgsl", consts);
+            kernel = Kernel {
+                shader: "attention_lanes.wgsl",
+                entry,
+                consts,
+                more: [3, octets, block],
+            };
         }
         let groups = [
             tokens.div_ceil(per_group) as u32,
             (images * self.extents.heads) as u32,
             1,
         ];
-        self.launch(cx, (kernel.0, entry), kernel.1, images, args, groups)
+        self.launch(cx, kernel, images, args, groups)
     }
 
     fn launch(
         &self,
         cx: &mut WgpuCx,
-        (shader, entry): (&'static str, &'static str),
-        consts: Consts,
+        kernel: Kernel,
         images: usize,
         args: Vec<Arg>,
         groups: [u32; 3],
@@ -112,10 +150,11 @@ impl Heads {
         let sizes = [e.tokens, e.heads, images, groups[0] as usize];
         let mut params = sizes.map(|v| v as u32).to_vec();
         params.push(e.scale.to_bits());
+        params.extend(kernel.more.map(|v| v as u32));
         cx.launch(Launch {
-            shader,
-            entry,
-            consts,
+            shader: kernel.shader,
+            entry: kernel.entry,
+            consts: kernel.consts,
             args,
             params,
             groups,
@@ -132,17 +171,25 @@ pub(super) fn forward(op: &Attention, cx: &mut WgpuCx) -> Result<()> {
     let width = e.tokens * e.heads * e.dim;
     let rows = e.heads * e.tokens;
     let pairs = if op.probs { rows * e.tokens } else { rows };
-    for cut in cx.cuts(e.images, &[3 * width, width, rows, pairs])? {
+    let cuts = cx.cuts(e.images, &[3 * width, width, rows, pairs])?;
+    let apart = heads
+        .lanes
+        .then(|| Arg::Work(cx.workspace(cuts[0].rows * 3 * width)));
+    for cut in cuts {
         let qkv = cut.of(Arg::In(0), 3 * width);
         let (out, lse) = (cut.of(Arg::Out(0), width), cut.of(Arg::Out(1), rows));
-        heads.rows(cx, "forward", cut.rows, vec![qkv, out, lse], (4, 1))?;
+        if let Some(apart) = apart {
+            heads.by_head(cx, qkv, apart, cut.rows, 3)?;
+        }
+        let args = vec![apart.unwrap_or(qkv), out, lse];
+        heads.rows(cx, "forward", cut.rows, args, 1)?;
         if op.probs {
             let probs = cut.of(Arg::Out(2), pairs);
             let groups = [e.tokens.div_ceil(64), e.tokens, cut.rows * e.heads];
-            let kernel = ("attention.wgsl", "probabilities");
+            let kernel = Kernel::tile("probabilities", e.dim);
             let args = vec![qkv, out, lse, probs];
             let groups = groups.map(|v| v as u32);
-            heads.launch(cx, kernel, tile_consts(e.dim), cut.rows, args, groups)?;
+            heads.launch(cx, kernel, cut.rows, args, groups)?;
         }
     }
     Ok(())
@@ -157,20 +204,29 @@ pub(super) fn backward(op: &AttentionBwd, cx: &mut WgpuCx) -> Result<()> {
     let width = e.tokens * e.heads * e.dim;
     let rows = e.heads * e.tokens;
     let cuts = cx.cuts(e.images, &[3 * width, width, rows])?;
-    let delta = Arg::Work(cx.workspace(cuts[0].rows * rows));
+    let most = cuts[0].rows;
+    let delta = Arg::Work(cx.workspace(most * rows));
+    let apart = heads.lanes.then(|| {
+        let mut room = |n: usize| Arg::Work(cx.workspace(most * n));
+        (room(3 * width), room(width))
+    });
     for cut in cuts {
         let dout = cut.of(Arg::In(0), width);
         let qkv = cut.of(Arg::In(1), 3 * width);
         let out = cut.of(Arg::In(2), width);
         let lse = cut.of(Arg::In(3), rows);
         let dqkv = cut.of(Arg::Out(0), 3 * width);
-        let args = vec![qkv, out, lse, dout, delta, dqkv];
+        let mut args = vec![qkv, out, lse, dout, delta, dqkv];
         let lines = fold(cut.rows * rows, 64);
-        let kernel = ("attention.wgsl", "deltas");
-        let consts = tile_consts(e.dim);
-        heads.launch(cx, kernel, consts, cut.rows, args.clone(), lines)?;
-        heads.rows(cx, "backward_q", cut.rows, args.clone(), (4, 1))?;
-        heads.rows(cx, "backward_kv", cut.rows, args, (4, 2))?;
+        let kernel = Kernel::tile("deltas", e.dim);
+        heads.launch(cx, kernel, cut.rows, args.clone(), lines)?;
+        if let Some((qkv_apart, dout_apart)) = apart {
+            heads.by_head(cx, qkv, qkv_apart, cut.rows, 3)?;
+            heads.by_head(cx, dout, dout_apart, cut.rows, 1)?;
+            (args[0], args[3]) = (qkv_apart, dout_apart);
+        }
+        heads.rows(cx, "backward_q", cut.rows, args.clone(), 1)?;
+        heads.rows(cx, "backward_kv", cut.rows, args, 2)?;
     }
     Ok(())
 }

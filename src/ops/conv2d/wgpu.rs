@@ -4,6 +4,7 @@
 use super::ConvShape;
 use crate::backend::wgpu::launch::MAX_GROUPS;
 use crate::backend::wgpu::{Arg, Launch, WgpuCx, fold};
+use crate::ops::act::Act;
 use crate::{Error, Result};
 
 /// Names of the kernel variants; the first stands for the rule in `lanes`.
@@ -27,7 +28,7 @@ fn lanes(cx: &WgpuCx, fits: bool) -> Result<bool> {
     match cx.variant {
         Some("tile") => Ok(false),
         Some("lanes") if !(cx.traits.lanes8() && fits) => Err(Error::input(
-            "the lanes kernel wants an adapter with subgroups of 8, and channels in fours",
+            "the lanes kernel wants an adapter with subgroups of 8, and the channels of each group in fours",
         )),
         _ => Ok(cx.traits.lanes8() && fits),
     }
@@ -69,6 +70,8 @@ struct Block {
     per_split: u32,
     k_tiles: u32,
     part0: u32,
+    eights: u32,
+    quads: u32,
 }
 
 impl Block {
@@ -129,8 +132,8 @@ fn lane_tile(columns: usize) -> (usize, usize, Vec<(&'static str, String)>) {
     (4, 8, vec![])
 }
 
-/// Writes `rows` rows of `from` elements as rows of `to`, zeros behind.
-fn pad_rows(cx: &mut WgpuCx, x: Arg, y: Arg, rows: usize, from: usize, to: usize) -> Result<()> {
+/// Writes `rows` rows of `from` elements as rows of `to`: cut off, or with zeros behind.
+fn repitch(cx: &mut WgpuCx, x: Arg, y: Arg, rows: usize, from: usize, to: usize) -> Result<()> {
     let groups = fold(rows * to, 64);
     let mut params = [0; 8];
     params[0] = (rows * to) as u32;
@@ -139,7 +142,7 @@ fn pad_rows(cx: &mut WgpuCx, x: Arg, y: Arg, rows: usize, from: usize, to: usize
     params[5] = to as u32;
     cx.launch(Launch {
         shader: "reduce.wgsl",
-        entry: "pad_rows",
+        entry: "repitch",
         consts: vec![],
         args: vec![x, y],
         params: params.to_vec(),
@@ -147,12 +150,42 @@ fn pad_rows(cx: &mut WgpuCx, x: Arg, y: Arg, rows: usize, from: usize, to: usize
     })
 }
 
-/// Channels of `s` in fours: where three channels (an image) must become four for the lane kernels.
-fn padded(s: &ConvShape) -> ConvShape {
+/// A copy of `x` in the workspace, `rows` rows of `from` elements as rows of `to`.
+fn repitched(cx: &mut WgpuCx, x: Arg, rows: usize, from: usize, to: usize) -> Result<Arg> {
+    let y = Arg::Work(cx.workspace(rows * to));
+    repitch(cx, x, y, rows, from, to)?;
+    Ok(y)
+}
+
+/// Weights `[K, R, S, C]` of `real` with the channels of `s`, zeros behind.
+fn padded_weights(cx: &mut WgpuCx, w: Arg, real: &ConvShape, s: &ConvShape) -> Result<Arg> {
+    let mut w = w;
+    if s.c != real.c {
+        w = repitched(cx, w, real.k * s.r * s.s, real.c, s.c)?;
+    }
+    if s.k != real.k {
+        let row = s.r * s.s * s.c;
+        w = repitched(cx, w, 1, real.k * row, s.k * row)?;
+    }
+    Ok(w)
+}
+
+/// The shape that is computed: for the lane kernels channels of one group in fours (the three of an image, the ten
+/// classes of a head), so that other shapes need no kernel of their own.
+fn computed(s: &ConvShape, lanes: bool) -> ConvShape {
+    if !lanes || s.groups > 1 {
+        return *s;
+    }
     ConvShape {
         c: s.c.next_multiple_of(4),
+        k: s.k.next_multiple_of(4),
         ..*s
     }
+}
+
+/// Whether the lane kernels take `s`: its channels in fours, or padded to that.
+fn fits(s: &ConvShape) -> bool {
+    s.groups == 1 || s.cg().is_multiple_of(4) && s.kg().is_multiple_of(4)
 }
 
 /// `y = act(x * w + bias + addend)`.
@@ -160,51 +193,63 @@ fn padded(s: &ConvShape) -> ConvShape {
 /// # Errors
 /// The shapes are beyond the adapter's limits.
 pub fn fprop(cx: &mut WgpuCx, s: &ConvShape, x: Arg, w: Arg, y: Arg, ep: Epilogue) -> Result<()> {
-    let s = flat(s);
-    let fits = s.kg().is_multiple_of(4) && (s.cg().is_multiple_of(4) || s.groups == 1);
-    let lanes = lanes(cx, fits)?;
-    let real = s;
-    let s = if lanes && !s.cg().is_multiple_of(4) {
-        padded(&s)
-    } else {
-        s
-    };
-    let pad = s.c != real.c;
+    let real = flat(s);
+    let lanes = lanes(cx, fits(&real))?;
+    let s = computed(&real, lanes);
     let (pixels_in, pixels_out) = (s.h * s.w, s.ho * s.wo);
-    let chunks = cx.chunks(
-        s.n,
-        &[pixels_in * s.c, pixels_in * real.c, pixels_out * s.k],
-    )?;
+    let chunks = cx.chunks(s.n, &[pixels_in * s.c, pixels_out * s.k])?;
     let whole = chunks.len() == 1;
-    let (mut xp, mut wp) = (x, w);
-    if pad {
-        xp = Arg::Work(cx.workspace(chunks[0].1 * pixels_in * s.c));
-        wp = Arg::Work(cx.workspace(s.weight_len()));
-        pad_rows(cx, w, wp, s.k * s.r * s.s, real.c, s.c)?;
-    }
+    let most = chunks[0].1;
+    let w = padded_weights(cx, w, &real, &s)?;
+    let widened = s.k != real.k;
+    let bias = match ep.bias {
+        Some(b) if widened => Some(repitched(cx, b, 1, real.k, s.k)?),
+        b => b,
+    };
+    // Room for what has another pitch here than outside.
+    let xp = (s.c != real.c).then(|| Arg::Work(cx.workspace(most * pixels_in * s.c)));
+    let mut room = |wanted: bool| {
+        (wanted && widened).then(|| Arg::Work(cx.workspace(most * pixels_out * s.k)))
+    };
+    let (yp, addp, prep) = (
+        room(true),
+        room(ep.addend.is_some()),
+        room(ep.pre.is_some()),
+    );
     for (n0, n) in chunks {
-        let mut x = cut(x, whole, n0 * pixels_in * real.c, n * pixels_in * real.c);
-        if pad {
-            pad_rows(cx, x, xp, n * pixels_in, real.c, s.c)?;
+        let (rows_in, rows_out) = (n * pixels_in, n * pixels_out);
+        let mut x = cut(x, whole, n0 * pixels_in * real.c, rows_in * real.c);
+        if let Some(xp) = xp {
+            repitch(cx, x, xp, rows_in, real.c, s.c)?;
             x = xp;
         }
-        let result = |a: Arg| cut(a, whole, n0 * pixels_out * s.k, n * pixels_out * s.k);
-        let y = result(y);
+        let result = |a: Arg| cut(a, whole, n0 * pixels_out * real.k, rows_out * real.k);
+        let (y, mut addend, pre) = (result(y), ep.addend.map(result), ep.pre.map(result));
+        if let (Some(a), Some(wide)) = (addend, addp) {
+            repitch(cx, a, wide, rows_out, real.k, s.k)?;
+            addend = addp;
+        }
         let mut block = Block::new(&s, n);
-        block.rows = (n * pixels_out) as u32;
+        block.rows = rows_out as u32;
         block.act = ep.act;
-        block.flags = u32::from(ep.bias.is_some())
-            + 2 * u32::from(ep.addend.is_some())
-            + 4 * u32::from(ep.pre.is_some());
+        block.flags = u32::from(bias.is_some())
+            + 2 * u32::from(addend.is_some())
+            + 4 * u32::from(pre.is_some());
+        let out = yp.unwrap_or(y);
         let args = vec![
             x,
-            wp,
-            y,
-            ep.bias.unwrap_or(y),
-            ep.addend.map_or(y, result),
-            ep.pre.map_or(y, result),
+            w,
+            out,
+            bias.unwrap_or(out),
+            addend.unwrap_or(out),
+            prep.or(pre).unwrap_or(out),
         ];
         multiply(cx, &s, lanes, ("fprop", 0), block, s.kg(), args)?;
+        for (wide, to) in [(yp, Some(y)), (prep, pre)] {
+            if let (Some(wide), Some(to)) = (wide, to) {
+                repitch(cx, wide, to, rows_out, s.k, real.k)?;
+            }
+        }
     }
     Ok(())
 }
@@ -231,7 +276,13 @@ fn multiply(
     groups[2] = (tiles * s.groups) as u32;
     block.groups_x = groups[0];
     block.tiles = tiles as u32;
+    block.eights = octets as u32;
+    block.quads = quads as u32;
     let (shader, entry, consts) = if lanes {
+        let mut consts = consts;
+        if block.act > Act::Relu.code() {
+            consts.push(set("SMOOTH", 1));
+        }
         ("gemm_lanes.wgsl", entry, consts)
     } else {
         ("gemm_tile.wgsl", "tile", vec![set("MODE", mode)])
@@ -259,14 +310,20 @@ pub fn dgrad(
     dx: Arg,
     addend: Option<Arg>,
 ) -> Result<()> {
-    let s = flat(s);
-    let fits = s.kg().is_multiple_of(4) && s.cg().is_multiple_of(4);
-    let lanes = lanes(cx, fits)?;
+    let real = flat(s);
+    let lanes = lanes(cx, fits(&real) && real.cg().is_multiple_of(4))?;
+    let s = computed(&real, lanes);
     let (pixels_in, pixels_out) = (s.h * s.w, s.ho * s.wo);
     let chunks = cx.chunks(s.n, &[pixels_in * s.c, pixels_out * s.k])?;
     let whole = chunks.len() == 1;
+    let w = padded_weights(cx, w, &real, &s)?;
+    let dyp = (s.k != real.k).then(|| Arg::Work(cx.workspace(chunks[0].1 * pixels_out * s.k)));
     for (n0, n) in chunks {
-        let dy = cut(dy, whole, n0 * pixels_out * s.k, n * pixels_out * s.k);
+        let mut dy = cut(dy, whole, n0 * pixels_out * real.k, n * pixels_out * real.k);
+        if let Some(dyp) = dyp {
+            repitch(cx, dy, dyp, n * pixels_out, real.k, s.k)?;
+            dy = dyp;
+        }
         let image = |a: Arg| cut(a, whole, n0 * pixels_in * s.c, n * pixels_in * s.c);
         let dx = image(dx);
         let add = addend.map_or(dx, image);
@@ -305,21 +362,12 @@ const LINE: usize = 64;
 /// # Errors
 /// The shapes are beyond the adapter's limits.
 pub fn wgrad(cx: &mut WgpuCx, s: &ConvShape, x: Arg, dy: Arg, dw: Arg) -> Result<()> {
-    let s = flat(s);
-    let fits = s.kg().is_multiple_of(4) && (s.cg().is_multiple_of(4) || s.groups == 1);
-    let lanes = lanes(cx, fits)?;
-    let real = s;
-    let s = if lanes && !s.cg().is_multiple_of(4) {
-        padded(&s)
-    } else {
-        s
-    };
+    let real = flat(s);
+    let lanes = lanes(cx, fits(&real))?;
+    let s = computed(&real, lanes);
     let pad = s.c != real.c;
     let (pixels_in, pixels_out) = (s.h * s.w, s.ho * s.wo);
-    let chunks = cx.chunks(
-        s.n,
-        &[pixels_in * s.c, pixels_in * real.c, pixels_out * s.k],
-    )?;
+    let chunks = cx.chunks(s.n, &[pixels_in * s.c, pixels_out * s.k])?;
     let whole = chunks.len() == 1;
     let columns = s.r * s.s * s.cg();
     let (k_tile, column_tile, consts) = match (lanes, s.kg() <= 16) {
@@ -346,21 +394,26 @@ pub fn wgrad(cx: &mut WgpuCx, s: &ConvShape, x: Arg, dy: Arg, dw: Arg) -> Result
         (units(n).div_ceil(per), per)
     };
     let parts: usize = chunks.iter().map(|&(_, n)| split(n).0).sum();
-    let direct = parts == 1 && !pad;
+    let direct = parts == 1 && s.k == real.k && !pad;
     let out = if direct {
         dw
     } else {
         Arg::Work(cx.workspace(parts * s.k * columns))
     };
     let xp = pad.then(|| Arg::Work(cx.workspace(chunks[0].1 * pixels_in * s.c)));
+    let dyp = (s.k != real.k).then(|| Arg::Work(cx.workspace(chunks[0].1 * pixels_out * s.k)));
     let mut part0 = 0;
     for (n0, n) in chunks {
         let mut x = cut(x, whole, n0 * pixels_in * real.c, n * pixels_in * real.c);
         if let Some(xp) = xp {
-            pad_rows(cx, x, xp, n * pixels_in, real.c, s.c)?;
+            repitch(cx, x, xp, n * pixels_in, real.c, s.c)?;
             x = xp;
         }
-        let dy = cut(dy, whole, n0 * pixels_out * s.k, n * pixels_out * s.k);
+        let mut dy = cut(dy, whole, n0 * pixels_out * real.k, n * pixels_out * real.k);
+        if let Some(dyp) = dyp {
+            repitch(cx, dy, dyp, n * pixels_out, real.k, s.k)?;
+            dy = dyp;
+        }
         let (splits, per_split) = split(n);
         let mut block = Block::new(&s, n);
         if lanes && is_flat {
@@ -375,6 +428,7 @@ pub fn wgrad(cx: &mut WgpuCx, s: &ConvShape, x: Arg, dy: Arg, dw: Arg) -> Result
         block.per_split = per_split as u32;
         block.k_tiles = k_tiles as u32;
         block.part0 = part0 as u32;
+        block.quads = (k_tile / 4) as u32;
         let (shader, entry, args) = if lanes {
             ("gemm_lanes.wgsl", "wgrad", vec![x, dy, out])
         } else {
