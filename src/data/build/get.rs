@@ -148,6 +148,14 @@ fn remote(agent: &ureq::Agent, url: &str, most: u64) -> Result<Vec<u8>, Failure>
             ..Failure::new(cause, format!("status {status}"))
         });
     }
+    let tags = response.headers().get_all("x-robots-tag").iter();
+    let mut tags = tags.filter_map(|t| t.to_str().ok());
+    if let Some(tag) = tags.find(|t| {
+        let mut words = t.split(|c: char| !c.is_ascii_alphanumeric());
+        words.any(|w| ["noai", "noimageai"].contains(&w.to_ascii_lowercase().as_str()))
+    }) {
+        return Err(Failure::new(Cause::OptedOut, tag));
+    }
     let length: Option<u64> = head("content-length").and_then(|l| l.parse().ok());
     let kind = head("content-type").unwrap_or_default();
     if [

@@ -131,6 +131,8 @@ pub enum Cause {
     NotFound,
     /// Status 401, 403 or 451.
     Refused,
+    /// Its owner asks not to use it for training (`X-Robots-Tag: noai` or `noimageai`).
+    OptedOut,
     /// Status 408, 429 or 5xx at every attempt.
     ServerError,
     /// Another status, or redirects without end.
@@ -172,6 +174,7 @@ impl Cause {
             Cause::OverCap => "more than are kept of their class",
             Cause::NotFound => "not found (404, 410)",
             Cause::Refused => "refused (401, 403, 451)",
+            Cause::OptedOut => "not to be used for training (X-Robots-Tag)",
             Cause::ServerError => "server errors (408, 429, 5xx)",
             Cause::OtherStatus => "another status",
             Cause::NoHost => "no such host",

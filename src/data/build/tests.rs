@@ -27,7 +27,7 @@ fn black() -> Vec<u8> {
     out.into_inner()
 }
 
-/// What the server does with image `n`: three in ten fail, each in another way.
+/// What the server does with image `n`: seven in twenty fail, each in another way.
 fn fate(n: usize) -> &'static str {
     match n % 20 {
         1 => "not-found",
@@ -36,6 +36,7 @@ fn fate(n: usize) -> &'static str {
         11 => "wrong-type",
         14 => "corrupt",
         17 => "placeholder",
+        19 => "opted-out",
         _ => "good",
     }
 }
@@ -103,6 +104,12 @@ fn answer(
         }
         "short-body" => send("200 OK", "image/png", body.len(), &body[..body.len() / 2]),
         "wrong-type" => send("200 OK", "text/html", 13, b"<html></html>"),
+        "opted-out" => send(
+            "200 OK\r\nX-Robots-Tag: other: noindex, noai",
+            "image/png",
+            body.len(),
+            &body,
+        ),
         "corrupt" => send(
             "200 OK",
             "image/png",
@@ -172,6 +179,7 @@ fn a_server_that_fails_in_every_way_loses_just_what_it_does_not_give() {
         "wrong-type",
         "corrupt",
         "placeholder",
+        "opted-out",
     ] {
         let n = report
             .lost
@@ -183,7 +191,7 @@ fn a_server_that_fails_in_every_way_loses_just_what_it_does_not_give() {
     }
     // Every failure by its cause.
     let csv = std::fs::read_to_string(dir.join("failures.csv")).unwrap();
-    assert_eq!(csv.lines().count(), 61, "{csv}");
+    assert_eq!(csv.lines().count(), 71, "{csv}");
     for line in csv.lines().skip(1) {
         let row: usize = line.split(',').next().unwrap().parse().unwrap();
         assert!(line.contains(fate(row - 1)), "{line}");
