@@ -286,12 +286,12 @@ bwd_apply(unsigned rows, unsigned items, const float* __restrict__ dy, const flo
     }
 }
 
-// w'[k, ..] = w[k, ..] s[k] and b'[k] = (bias - mean) s + beta, s = gamma / sqrt(var + eps); n items of VEC weights,
+// w[k, ..] *= s[k] and b'[k] = (bias - mean) s + beta, s = gamma / sqrt(var + eps); n items of VEC weights,
 // `per` of them a filter. bias may be null.
 extern "C" __global__ void __launch_bounds__(256)
-fold(unsigned n, unsigned per, const float* __restrict__ w, const float* __restrict__ bias,
+fold(unsigned n, unsigned per, float* __restrict__ w, const float* __restrict__ bias,
      const float* __restrict__ gamma, const float* __restrict__ beta, const float* __restrict__ mean,
-     const float* __restrict__ var, float eps, float* __restrict__ w2, float* __restrict__ b2) {
+     const float* __restrict__ var, float eps, float* __restrict__ b2) {
     const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n) return;
     const unsigned k = i / per;
@@ -299,6 +299,6 @@ fold(unsigned n, unsigned per, const float* __restrict__ w, const float* __restr
     Vec<VEC> v = load_vec<VEC>(w, i);
 #pragma unroll
     for (int j = 0; j < VEC; ++j) v.v[j] *= s;
-    store_vec<VEC>(w2, i, v);
+    store_vec<VEC>(w, i, v);
     if (i == k * per) b2[k] = ((bias ? bias[k] : 0.0f) - mean[k]) * s + beta[k];
 }

@@ -174,7 +174,7 @@ fn bwd_apply(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg:
     bwd_dx[i] = (d - bwd_coef[5u * p.ct + c] - centred * bwd_coef[4u * p.ct + c]) * bwd_coef[c];
 }
 
-// w'[k, ..] = w[k, ..] s[k] and b' = (bias - mean) s + beta, s = gamma / sqrt(var + eps); scalars only. ct is the
+// w[k, ..] *= s[k] and b' = (bias - mean) s + beta, s = gamma / sqrt(var + eps); scalars only. ct is the
 // elements of a filter, stats = gamma, beta, mean, var.
 @group(0) @binding(1) var<storage, read_write> fold_w: array<f32>;
 @group(0) @binding(2) var<storage, read_write> fold_bias: array<f32>;
@@ -182,15 +182,14 @@ fn bwd_apply(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg:
 @group(0) @binding(4) var<storage, read_write> fold_beta: array<f32>;
 @group(0) @binding(5) var<storage, read_write> fold_mean: array<f32>;
 @group(0) @binding(6) var<storage, read_write> fold_var: array<f32>;
-@group(0) @binding(7) var<storage, read_write> fold_w2: array<f32>;
-@group(0) @binding(8) var<storage, read_write> fold_b2: array<f32>;
+@group(0) @binding(7) var<storage, read_write> fold_b2: array<f32>;
 @compute @workgroup_size(64)
 fn fold(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: vec3<u32>) {
     let i = index(l, wg);
     if i >= p.n { return; }
     let k = i / p.ct;
     let s = fold_gamma[k] / sqrt(fold_var[k] + p.eps);
-    fold_w2[i] = fold_w[i] * s;
+    fold_w[i] *= s;
     if i % p.ct == 0u {
         var bias = -fold_mean[k];
         if (p.flags & 1u) != 0u { bias += fold_bias[k]; }

@@ -9,7 +9,7 @@
 //! | linear, add | linear with residual |
 //! | linear, activation | linear with activation (in training it also keeps the value before it) |
 //! | layer_scale, add | layer_scale with residual |
-//! | conv2d, batch_norm by running statistics (inference) | conv2d with bias, residual, ReLU; weights folded once |
+//! | conv2d, batch_norm by running statistics (inference) | conv2d with bias, residual, ReLU; weights folded once, in place |
 
 use super::{Graph, Kind, Node, Phase, Tid};
 use crate::Result;
@@ -143,7 +143,12 @@ fn rule(graph: &mut Graph, first: usize, second: usize, purpose: Purpose) -> Res
         let norm = b
             .op_as::<BatchNormEval>()
             .filter(|n| !n.relu && !n.residual && !op.residual);
-        if let Some(&BatchNormEval { eps, .. }) = norm.filter(|_| purpose == Purpose::Inference) {
+        // Folding changes the weights where they stand: nothing else may want them.
+        let (w, _) = graph.root(a.inputs[1]);
+        let readers = graph.nodes.iter().flat_map(|n| &n.inputs);
+        let own = !graph.tensor(w).keep && readers.filter(|&&t| graph.root(t).0 == w).count() == 1;
+        let fold = own && purpose == Purpose::Inference;
+        if let Some(&BatchNormEval { eps, .. }) = norm.filter(|_| fold) {
             let mut operands = a.inputs[1..].to_vec();
             operands.extend(&b.inputs[1..5]);
             let folded = graph.scoped(a.scope.clone(), |g| {
@@ -152,9 +157,7 @@ fn rule(graph: &mut Graph, first: usize, second: usize, purpose: Purpose) -> Res
                 })
             })?;
             // Made once, read by every run.
-            for &t in &folded {
-                graph.tensor_mut(t).kind = Kind::State;
-            }
+            graph.tensor_mut(folded[1]).kind = Kind::State;
             return make(
                 Arc::new(Conv2d { bias: true, ..op }),
                 vec![a.inputs[0], folded[0], folded[1]],

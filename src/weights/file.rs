@@ -290,7 +290,22 @@ impl WeightFile {
             }
             _ => return self.need_float(entry),
         }
+        self.let_go(entry);
         Ok(())
+    }
+
+    /// Pages of the file that were read need not stay beside what was made of them; read again, they come back.
+    fn let_go(&self, entry: &Entry) {
+        #[cfg(unix)]
+        if let Bytes::Mapped(map) = &self.bytes {
+            let advice = memmap2::UncheckedAdvice::DontNeed;
+            // SAFETY: a read-only map of a file, which is read again where it is looked at again. Advice that is refused
+            // costs memory and nothing else.
+            let _ =
+                unsafe { map.unchecked_advise_range(advice, entry.range.start, entry.range.len()) };
+        }
+        #[cfg(not(unix))]
+        let _ = entry;
     }
 
     /// An integer or boolean tensor as `i64` (labels, `num_batches_tracked`).

@@ -117,9 +117,9 @@ pub(super) fn fold(cx: &mut CudaCx, bias: bool, eps: f32) -> Result<()> {
     let per = n / cx.y[1].len();
     let vec = vector(&[per]);
     let at = 1 + usize::from(bias);
-    let mut args = vec![Arg::n(per / vec), Arg::In(0), Arg::in_if(bias, 1)];
+    let mut args = vec![Arg::n(per / vec), Arg::Out(0), Arg::in_if(bias, 1)];
     args.extend((at..at + 4).map(Arg::In));
-    args.extend([Arg::F32(eps), Arg::Out(0), Arg::Out(1)]);
+    args.extend([Arg::F32(eps), Arg::Out(1)]);
     let consts = vec![("VEC", vec.to_string())];
     cx.items((SOURCE, "fold"), consts, n / vec, 256, &args)
 }

@@ -11,7 +11,7 @@ use crate::{Result, ensure, op_common};
 /// with `w'`, `b'` is the convolution with `w` (and `bias`) followed by batch norm with running statistics.
 ///
 /// Operands: w `[K, R, S, C]`, the convolution's bias `[K]` where so, gamma, beta, mean, var (all `[K]`).
-/// Results: w' `[K, R, S, C]`, b' `[K]`.
+/// Results: w' in the place of w, so that weights take their memory once, and b' `[K]`. It runs once after w was written.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct FoldBatchNorm {
     /// Added to the variance.
@@ -35,6 +35,10 @@ impl Op for FoldBatchNorm {
             );
         }
         Ok(vec![x[0].clone(), Spec::f32([k])])
+    }
+
+    fn updates(&self) -> &'static [(usize, usize)] {
+        &[(0, 0)]
     }
 
     fn reference(&self, x: &[&Host], y: &mut [Host]) {
@@ -66,9 +70,9 @@ impl Op for FoldBatchNorm {
                 let s = f64::from(gamma[i]) / (f64::from(var[i]) + f64::from(op.eps)).sqrt();
                 let from = f64::from(bias.map_or(0.0, |b| b[i]) - mean[i]);
                 b[i] = (from * s + f64::from(beta[i])) as f32;
-                for (w, &v) in w[i * per..(i + 1) * per].iter_mut().zip(&a.x(0)[i * per..]) {
-                    *w = v * s as f32;
-                }
+                w[i * per..(i + 1) * per]
+                    .iter_mut()
+                    .for_each(|w| *w *= s as f32);
             }
         }))
     }

@@ -207,16 +207,16 @@ fn types(width: usize) -> Vec<(&'static str, String)> {
         .collect()
 }
 
-/// `w' = w * gamma / sqrt(var + eps)` and the bias that goes with it.
+/// `w *= gamma / sqrt(var + eps)` and the bias that goes with it.
 pub(super) fn fold(cx: &mut WgpuCx, bias: bool, eps: f32) -> Result<()> {
     let n = cx.x[0].len();
     let per = n / cx.y[1].len();
     let at = 1 + usize::from(bias);
     let stats = (at..at + 4).map(Arg::In);
-    let args: Vec<Arg> = [Arg::In(0), Arg::In(1)]
+    let args: Vec<Arg> = [Arg::Out(0), Arg::In(1)]
         .into_iter()
         .chain(stats)
-        .chain([Arg::Out(0), Arg::Out(1)])
+        .chain([Arg::Out(1)])
         .collect();
     let filters = Columns {
         items: per,
