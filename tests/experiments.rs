@@ -49,7 +49,14 @@ fn every_small_setting_gives_a_whole_report() {
         ] {
             assert!(page.contains(part), "{name}: no {part}");
         }
-        assert!(page.len() < 5_000_000);
+        assert!(page.len() < 5_000_000 && page.contains("(small setting)"));
+        let analyses = tilewright::experiment::matrix::Experiment::open(&name).unwrap();
+        for (i, a) in analyses.made_small().analyses().unwrap().iter().enumerate() {
+            let place = format!("analyses/{}-{}", i + 1, a.kind);
+            let result = dir.path().join(place).join(format!("{}.json", a.kind));
+            assert!(result.is_file(), "{name}: {}", a.kind);
+            assert!(page.contains(&a.title), "{name}: {}", a.title);
+        }
         let csv = std::fs::read_to_string(dir.path().join("results.csv")).unwrap();
         assert_eq!(csv.lines().count(), runs.len() + 1);
         assert!(csv.starts_with(
@@ -108,4 +115,27 @@ fn what_is_done_is_kept_shards_add_up_and_a_changed_setting_is_refused() {
     let o = run(&["experiment", "imbalance", "--small", "--set", "epoch=3"]);
     assert_eq!(o.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&o.stderr).contains("epochs"));
+}
+
+#[test]
+fn a_dry_run_says_what_it_would_take() {
+    let args = [
+        "experiment",
+        "three-datasets",
+        "--small",
+        "--dry-run",
+        "--backend",
+        "cpu",
+    ];
+    let o = run(&args);
+    let text = String::from_utf8_lossy(&o.stdout);
+    for word in ["4 runs", "one after the other: about", "memory", "steps"] {
+        assert!(text.contains(word), "{word}: {text}");
+    }
+    let o = run(&[&args[..], &["--json"]].concat());
+    let all: serde_json::Value = serde_json::from_slice(&o.stdout).unwrap();
+    for r in all["runs"].as_array().unwrap() {
+        assert!(r["seconds"].as_f64().unwrap() > 0.0 && r["time_from"] == "steps");
+        assert!(r["memory_bytes"].as_u64().unwrap() > 4 * r["params"].as_u64().unwrap());
+    }
 }

@@ -1,11 +1,16 @@
 //! Attention of a ViT, from its kernel's analysis mode: mean distance per head (Dosovitskiy et al. 2021, appendix D.7;
 //! Raghu et al. 2021), maps of the class token, and rollout (Abnar & Zuidema 2020).
 
+use super::receptive::{self, Field};
+use super::{Analysis, Context, Findings, Subject, for_batches, picture};
 use crate::graph::Tid;
-use crate::models::Net;
+use crate::models::{Arch, ModelOptions, Net};
 use crate::ops::attention::Attention;
+use crate::report::plot::{Family, LayerSeries, Svg, over_depth};
+use crate::report::table::{Table, number};
 use crate::{Error, Result};
 use serde::Serialize;
+use serde_json::json;
 use std::sync::Arc;
 
 /// The probabilities of one block.
@@ -190,6 +195,209 @@ pub fn rollout(blocks: &[&[f32]], tokens: usize, patches: usize) -> Vec<f32> {
         row = next;
     }
     row[first..].iter().map(|&v| v as f32).collect()
+}
+
+/// The grid of patches of a ViT's input.
+fn grid(subject: &Subject) -> Result<Grid> {
+    let Arch::Vit(net) = &subject.model.arch else {
+        return Err(Error::input(format!(
+            "{} has no attention over all tokens: give a ViT, DeiT or DINOv2",
+            subject.name
+        )));
+    };
+    let n = subject.preprocess.size as usize / net.patch;
+    Ok(Grid {
+        rows: n,
+        columns: n,
+        patch: net.patch as f64,
+    })
+}
+
+/// How far each head looks: the mean distance in pixels between a patch and what it attends to, by block.
+#[derive(clap::Args)]
+#[command(after_help = "Examples:
+  tilewright analyze attention-distance -m dinov2_small -w dinov2-small.safetensors -d folder:photos --plot distance.svg")]
+pub(super) struct DistanceArgs {
+    /// CNNs whose theoretical receptive fields are drawn beside
+    #[arg(
+        long,
+        value_name = "MODEL",
+        value_delimiter = ',',
+        default_value = "resnet50"
+    )]
+    beside: Vec<String>,
+}
+
+impl Analysis for DistanceArgs {
+    fn run(&self, cx: &Context) -> Result<Findings> {
+        let subject = cx.subject();
+        let grid = grid(subject)?;
+        let images = cx.images(subject)?;
+        let batch = cx.batch.min(images.len());
+        let (mut session, layers) = subject.session(cx.backend, (batch, None), false, expose)?;
+        let mut distances = Distances::new(&layers, grid);
+        let count = images.len();
+        for_batches(&mut session, images, "attention", 1, |s, b| {
+            for (i, l) in layers.iter().enumerate() {
+                distances.add(i, &s.read(l.probs)?, l.tokens, b.valid);
+            }
+            distances.count(b.valid);
+            Ok(())
+        })?;
+        let got = distances.finish(&layers);
+        let mut t = Table::new([
+            "block",
+            "mean px",
+            "nearest head",
+            "farthest head",
+            "all heads px",
+        ])
+        .left(&[0, 4]);
+        for d in &got {
+            let mean = d.heads.iter().sum::<f64>() / d.heads.len() as f64;
+            let all: Vec<String> = d.heads.iter().map(|v| number(*v, 0)).collect();
+            t.row([
+                d.layer.clone(),
+                number(mean, 1),
+                number(d.heads.iter().copied().fold(f64::INFINITY, f64::min), 1),
+                number(d.heads.iter().copied().fold(0.0, f64::max), 1),
+                all.join(" "),
+            ]);
+        }
+        let size = subject.preprocess.size;
+        let data = json!({"model": subject.name, "data": cx.data(), "images": count, "image": size,
+            "patch": grid.patch, "layers": got});
+        let heading = format!(
+            "mean attention distance of {} at {size} px over {count} images of {}",
+            subject.name,
+            cx.data()
+        );
+        let caption = "A dot a head, the line through each block's mean; beside it half the receptive field of CNNs' stages.";
+        Ok(Findings::new(heading, data)
+            .plot("attention-distance", caption, self.draw(subject, &got)?)
+            .table("", t))
+    }
+}
+
+impl DistanceArgs {
+    fn draw(&self, subject: &Subject, got: &[Distance]) -> Result<Svg> {
+        let side = subject.preprocess.size;
+        let name = format!("{}, each head", subject.name);
+        let mut series = vec![LayerSeries {
+            name: &name,
+            family: Family::Vit,
+            layers: got.iter().map(|d| d.heads.clone()).collect(),
+        }];
+        let mut names = vec![];
+        for id in self.beside.iter().filter(|id| !id.is_empty()) {
+            let model = crate::models::find(id)?;
+            let rows = receptive::table(&model, subject.image(), &ModelOptions::default(), false)?;
+            let half = |f: &Field| match f {
+                // The mean distance of a point of the field from its centre would be 0.38 of its side; half the side, cut
+                // at the image, is the farthest that it reaches along an axis.
+                Field::Window([v, _]) => (v.size() as f64 / 2.0).min(f64::from(side)),
+                _ => f64::NAN,
+            };
+            let layers: Vec<Vec<f64>> = rows.iter().map(|r| vec![half(&r.field)]).collect();
+            names.push((format!("{id}, half the receptive field"), layers));
+        }
+        for (name, layers) in &names {
+            series.push(LayerSeries {
+                name,
+                family: Family::Cnn,
+                layers: layers.clone(),
+            });
+        }
+        let title = format!("Mean attention distance of {}", subject.name);
+        over_depth(&title, "distance (pixels)", &series)
+    }
+}
+
+/// What the class token attends to, over photographs: one PNG an image with the image, the mean over heads, the rollout
+/// over blocks and each head.
+#[derive(clap::Args)]
+#[command(after_help = "Examples:
+  tilewright analyze attention-map -m dinov2_small -w dinov2-small.safetensors -o maps cat.jpg dog.jpg
+  tilewright analyze attention-map -w runs/vit --block 0 -o maps cat.jpg")]
+pub(super) struct MapArgs {
+    /// Which block's heads, counted from 0 [default: the last]
+    #[arg(long, value_name = "N")]
+    block: Option<usize>,
+}
+
+impl Analysis for MapArgs {
+    fn run(&self, cx: &Context) -> Result<Findings> {
+        let subject = cx.subject();
+        let grid = grid(subject)?;
+        let photos = cx.photos()?;
+        let (mut session, layers) = subject.session(cx.backend, (1, None), false, expose)?;
+        let block = self.block.unwrap_or(layers.len() - 1);
+        if block >= layers.len() {
+            return Err(Error::input(format!(
+                "--block {block}: {} has blocks 0 to {}",
+                subject.name,
+                layers.len() - 1
+            )));
+        }
+        let heads = layers[block].heads;
+        let data = json!({"model": subject.name, "block": block, "heads": heads,
+            "columns": ["image", "mean of heads", "rollout", "heads"]});
+        let mut found = Findings::new(
+            format!(
+                "{}: image, mean over the heads of block {block}, rollout over all blocks, then each of {heads} heads",
+                subject.name
+            ),
+            data,
+        );
+        for photo in &photos {
+            let pixels = subject.preprocess.apply(&photo.pixels);
+            let pixels = pixels.map_err(|e| e.context(&photo.name))?;
+            session.forward(&pixels)?;
+            let probs = layers.iter().map(|l| session.read(l.probs));
+            let probs = probs.collect::<Result<Vec<_>>>()?;
+            let shown = picture::unnormalise(&pixels, &subject.preprocess);
+            found = found.picture(
+                &photo.name,
+                format!("Attention of the class token in block {block}."),
+                overlays(&shown, &probs, &layers[block], block, grid),
+            );
+        }
+        Ok(found)
+    }
+}
+
+fn overlays(
+    shown: &image::RgbImage,
+    probs: &[Vec<f32>],
+    layer: &Layer,
+    block: usize,
+    grid: Grid,
+) -> image::RgbImage {
+    let patches = grid.patches();
+    let heads = of_class_token(&probs[block], layer.tokens, patches);
+    let mut mean = vec![0.0; patches];
+    for h in &heads {
+        mean.iter_mut()
+            .zip(h)
+            .for_each(|(m, v)| *m += v / heads.len() as f32);
+    }
+    let all: Vec<&[f32]> = probs.iter().map(Vec::as_slice).collect();
+    let rollout = rollout(&all, layer.tokens, patches);
+    let size = (grid.rows, grid.columns);
+    let map =
+        |map: &[f32], name: String| picture::Cell::new(picture::overlay(shown, map, size), [name]);
+    let mut cells = vec![
+        picture::Cell::new(shown.clone(), ["image".to_string()]),
+        map(&mean, "mean of heads".into()),
+        map(&rollout, "rollout".into()),
+    ];
+    cells.extend(
+        heads
+            .iter()
+            .enumerate()
+            .map(|(i, h)| map(h, format!("head {i}"))),
+    );
+    picture::captioned(&cells, 5)
 }
 
 #[cfg(test)]

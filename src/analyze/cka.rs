@@ -2,8 +2,13 @@
 //! Revisited") with linear kernels, over minibatches by the unbiased estimator of HSIC (Song et al. 2012, eq. 5; Nguyen,
 //! Raghu & Kornblith 2021, section 3, whose sums over minibatches these are).
 
+use super::{Analysis, Context, Findings, Subject, for_batches};
 use crate::backend::cpu::Epilogue;
 use crate::backend::cpu::gemm::{Mat, gemm};
+use crate::report::plot::heat_map;
+use crate::report::table::{Table, number};
+use crate::{Error, Result};
+use serde_json::{Value, json};
 
 /// Fewest images of a batch: the estimator divides by `n (n - 3)`.
 pub const LEAST: usize = 4;
@@ -87,6 +92,113 @@ impl Cka {
             self.cross[i] / (k.sqrt() * l.sqrt())
         };
         (0..self.cross.len()).map(one).collect()
+    }
+}
+
+/// Similarity of the representations of every two layers: linear centred kernel alignment, by minibatches with the
+/// unbiased estimator, of a network with itself or with another one.
+#[derive(clap::Args)]
+#[command(after_help = "Examples:
+  tilewright analyze cka -m resnet18 -w resnet18.safetensors -d cifar10 --plot cka.svg
+  tilewright analyze cka -w runs/cnn --with runs/vit -d digits --limit 512 --batch-size 64 -o cka")]
+pub(super) struct Args {
+    /// With several models: also each with itself
+    #[arg(long)]
+    within: bool,
+}
+
+/// By batch and by layer, `[batch, batch]`.
+type Grams = Vec<Vec<Vec<f64>>>;
+
+/// The names of a network's taps, and their Gram matrices over whole batches.
+fn grams(cx: &Context, subject: &Subject) -> Result<(Vec<String>, Grams)> {
+    let images = cx.images(subject)?;
+    if images.len() < cx.batch {
+        return Err(Error::input(format!(
+            "{} has {} images here, fewer than a batch of {}",
+            cx.data(),
+            images.len(),
+            cx.batch
+        )));
+    }
+    let (mut session, ()) = subject.session(cx.backend, (cx.batch, None), true, |_| Ok(()))?;
+    let taps = session.taps();
+    let mut all = vec![];
+    for_batches(&mut session, images, &subject.name, cx.batch, |s, _| {
+        let one = |i: usize| Ok(gram(&s.tap(i)?, cx.batch));
+        all.push((0..taps.len()).map(one).collect::<Result<Vec<_>>>()?);
+        Ok(())
+    })?;
+    Ok((taps.into_iter().map(|t| t.0).collect(), all))
+}
+
+impl Analysis for Args {
+    fn run(&self, cx: &Context) -> Result<Findings> {
+        if cx.batch < LEAST {
+            return Err(Error::input(format!(
+                "CKA wants batches of at least {LEAST} images, not {}",
+                cx.batch
+            )));
+        }
+        // Gram matrices are small: the networks need not be in memory at once.
+        let all = cx.subjects.iter().map(|s| grams(cx, s));
+        let all = all.collect::<Result<Vec<_>>>()?;
+        let n = all.len();
+        let own = self.within || n == 1;
+        let pairs = (0..n).flat_map(|i| (i..n).map(move |j| (i, j)));
+        let mut found = Findings::default();
+        let mut data = vec![];
+        for (i, j) in pairs.filter(|(i, j)| i != j || own) {
+            let (a, b) = (&cx.subjects[i].name, &cx.subjects[j].name);
+            let ((rows, left), (columns, right)) = (&all[i], &all[j]);
+            let mut sums = Cka::new(rows.len(), columns.len());
+            for (l, r) in left.iter().zip(right) {
+                sums.add(l, r, cx.batch);
+            }
+            let matrix = sums.matrix();
+            let used = left.len() * cx.batch;
+            let title = format!("CKA of {a} and {b}");
+            let svg = heat_map(&title, (rows, columns), (a, b), &matrix)?;
+            let name = match (n, i == j) {
+                (1 | 2, false) | (1, _) => "cka".to_string(),
+                _ => format!(
+                    "cka-{}-{}",
+                    super::findings::plain(a),
+                    super::findings::plain(b)
+                ),
+            };
+            found = found.plot(
+                name,
+                format!(
+                    "Linear CKA between the layers of {a} and of {b}: 1 (yellow) where they hold the same up to rotation \
+                     and scale, 0 (violet) where they have nothing in common."
+                ),
+                svg,
+            );
+            let heads = std::iter::once(String::new()).chain(columns.clone());
+            let mut t = Table::new(heads).left(&[0]);
+            for (row, line) in rows.iter().zip(matrix.chunks(columns.len())) {
+                t.row(std::iter::once(row.clone()).chain(line.iter().map(|v| number(*v, 2))));
+            }
+            found = found.table(
+                format!(
+                    "linear CKA, {a} (rows) and {b} (columns), {used} images of {}, batches of {}",
+                    cx.data(),
+                    cx.batch
+                ),
+                t,
+            );
+            let lines: Vec<&[f64]> = matrix.chunks(columns.len()).collect();
+            data.push(
+                json!({"models": [a, b], "data": cx.data(), "images": used, "batch": cx.batch,
+                "rows": rows, "columns": columns, "cka": lines}),
+            );
+        }
+        found.data = match data.len() {
+            1 => data.swap_remove(0),
+            _ => json!({"pairs": Value::Array(data)}),
+        };
+        Ok(found)
     }
 }
 

@@ -1,15 +1,20 @@
 //! Receptive fields: the theoretical one from the graph, the effective one from gradients (Luo, Li, Urtasun & Zemel
 //! 2016, "Understanding the Effective Receptive Field in Deep Convolutional Neural Networks").
 
+use super::{Analysis, Context, Findings, Pictures, picture};
 use crate::backend::{Backend, CompileOptions};
+use crate::data::{Feed, Loader, LoaderOptions};
 use crate::graph::fuse::{Purpose, fuse};
 use crate::graph::{Graph, Mode, Phase, Spec, Tid};
 use crate::models::session::{load_net, options_for, write_parameters};
 use crate::models::{Model, ModelOptions};
 use crate::ops::Reach;
+use crate::philox::Philox;
+use crate::report::table::{Table, number};
 use crate::weights::WeightFile;
 use crate::{Error, Result};
 use serde::Serialize;
+use serde_json::json;
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -275,6 +280,118 @@ fn measure(layer: &str, image: (usize, usize), sums: &[f64]) -> Effective {
         image,
         side: (above as f64).sqrt(),
         share_90: holding.count() as f64 / sums.len() as f64,
+    }
+}
+
+/// Pixels that a place of each layer can see: from the graph, and with --effective from gradients.
+///
+/// The theoretical field counts every pixel that can have any influence. The effective field (Luo et al. 2016) is where
+/// the gradient of a stage's centre place is above 4.55 % of its largest value, averaged over images.
+#[derive(clap::Args)]
+#[command(after_help = "Examples:
+  tilewright analyze receptive-field -m resnet50 -w random
+  tilewright analyze receptive-field -w runs/digits --effective -d digits -o fields")]
+pub(super) struct Args {
+    /// Every layer that widens the field, not only stages and blocks
+    #[arg(long)]
+    every: bool,
+    /// Also the effective field, over images (without -d: over normal noise), with a picture of each stage's
+    #[arg(long)]
+    effective: bool,
+}
+
+/// Images of the effective field in one run.
+const BATCH: usize = 8;
+/// Images of noise, where there are no others.
+const NOISE: usize = 16;
+
+/// Whole batches of images, or of noise.
+fn images(cx: &Context) -> Result<(usize, Vec<f32>)> {
+    let subject = cx.subject();
+    let (h, w) = subject.image();
+    if matches!(cx.pictures, Pictures::Nothing) {
+        let mut draw = Philox::new(cx.seed, 0);
+        let n = NOISE * h * w * 3;
+        return Ok((BATCH, (0..n).map(|_| draw.normal()).collect()));
+    }
+    let images = cx.images(subject)?;
+    let batch = images.len().min(BATCH);
+    let mut loader = Loader::new(images, LoaderOptions::eval(batch))?;
+    let mut all = vec![];
+    while let Some(b) = loader.next_batch()? {
+        all.extend_from_slice(&b.images);
+        loader.recycle(b);
+    }
+    Ok((batch, all))
+}
+
+impl Analysis for Args {
+    fn run(&self, cx: &Context) -> Result<Findings> {
+        let subject = cx.subject();
+        let options = subject.options(None);
+        let (side, image) = (subject.preprocess.size, subject.image());
+        let rows = table(&subject.model, image, &options, self.every)?;
+        let mut effective = vec![];
+        if self.effective {
+            let (batch, images) = images(cx)?;
+            let (model, file) = (&subject.model, subject.file.as_ref());
+            let how = (image, batch, subject.seed);
+            effective = self::effective(cx.backend, model, file, &options, how, &images)?;
+        }
+        let mut t = Table::new([
+            "layer",
+            "output",
+            "field px",
+            "step px",
+            "first centre",
+            "effective px",
+            "90 % in",
+        ])
+        .left(&[0, 1]);
+        for row in &rows {
+            let e = effective.iter().find(|e| e.layer == row.layer);
+            let (size, step, centre) = match row.field {
+                Field::Window([v, h]) => (
+                    if v == h {
+                        v.size().to_string()
+                    } else {
+                        format!("{} x {}", v.size(), h.size())
+                    },
+                    v.step.to_string(),
+                    number((v.low + v.high) as f64 / 2.0, 1),
+                ),
+                Field::Blocks => ("by window".into(), "-".into(), "-".into()),
+                Field::Image => ("image".into(), "-".into(), "-".into()),
+            };
+            let shape: Vec<String> = row.shape[1..].iter().map(usize::to_string).collect();
+            t.row([
+                row.layer.clone(),
+                shape.join(" x "),
+                size,
+                step,
+                centre,
+                e.map_or("-".into(), |e| number(e.side, 1)),
+                e.map_or("-".into(), |e| format!("{:.1} %", 100.0 * e.share_90)),
+            ]);
+        }
+        let data =
+            json!({"model": subject.name, "image": side, "layers": rows, "effective": effective});
+        let mut found = Findings::new(format!("{} at {side} px", subject.name), data).table("", t);
+        if !effective.is_empty() {
+            let black = image::RgbImage::new(side, side);
+            let cells = effective.iter().map(|e| {
+                // The square root lets the field's shoulders be seen beside its centre.
+                let map: Vec<f32> = e.map.iter().map(|v| v.sqrt()).collect();
+                let shown = picture::overlay(&black, &map, e.image);
+                picture::Cell::new(shown, [e.layer.clone(), format!("{:.0} px", e.side)])
+            });
+            found = found.picture(
+                "effective-fields",
+                "Effective receptive field of each stage's centre: the square root of its mean absolute gradient.",
+                picture::captioned(&cells.collect::<Vec<_>>(), 6),
+            );
+        }
+        Ok(found)
     }
 }
 

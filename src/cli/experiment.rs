@@ -7,10 +7,13 @@ use clap::Args;
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use tilewright::experiment::analyses::analyse;
+use tilewright::experiment::estimate::{Source, estimate};
 use tilewright::experiment::matrix::{Experiment, presets};
 use tilewright::experiment::{Shard, collect, report, run};
-use tilewright::report::table::Table;
+use tilewright::report::table::{Table, duration, si};
 use tilewright::report::write_atomic;
+use tilewright::train::TrainConfig;
 use tilewright::{Error, Result};
 
 /// A whole comparison: a matrix of runs (models, data, settings, seeds), then a table, plots and a page about them.
@@ -42,7 +45,7 @@ pub struct ExperimentCommand {
     /// Only every N-th run, for several machines: 2/8 is the second of eight
     #[arg(long, value_name = "I/N", default_value = "1/1")]
     shard: Shard,
-    /// Print the runs with their size, and do nothing
+    /// Print the runs with the memory and time that each would take, and do nothing else
     #[arg(long)]
     dry_run: bool,
     /// Do no run, only write the report, also from the runs in these folders
@@ -78,17 +81,23 @@ impl ExperimentCommand {
             .output
             .clone()
             .unwrap_or_else(|| PathBuf::from("runs").join(format!("{stem}{small}")));
+        let open = |c: &TrainConfig| g.open_with(&c.backend, &c.precision);
         if self.merge.is_empty() {
             let stop = super::end_in_order();
-            let open = |c: &tilewright::train::TrainConfig| g.open_with(&c.backend, &c.precision);
             run(&experiment, &dir, self.shard, open, stop, note)?;
         }
         let mut dirs = vec![dir.clone()];
         dirs.extend(self.merge.iter().cloned());
         let (runs, missing) = collect(&experiment, &dirs)?;
         std::fs::create_dir_all(dir.join("plots")).map_err(|e| Error::writing(&dir, e))?;
-        let (page, plots) = report::page(&experiment, &runs, &missing, &command_line())?;
-        write_atomic(&dir.join("report.html"), page.to_html().as_bytes())?;
+        // Analyses are over all models: they wait for the last shard.
+        let analyses = match missing.is_empty() {
+            true => analyse(&experiment, &dir, &dirs, open, note)?,
+            false => vec![],
+        };
+        let command = command_line();
+        let (page, plots) = report::page(&experiment, &runs, &missing, &analyses, &command)?;
+        write_atomic(&dir.join("report.html"), page.to_html()?.as_bytes())?;
         for (name, svg) in plots {
             write_atomic(
                 &dir.join("plots").join(format!("{name}.svg")),
@@ -142,33 +151,69 @@ fn list(g: &Global) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Prints every run with what it would take.
 fn dry_run(g: &Global, experiment: &Experiment) -> Result<ExitCode> {
     let planned = experiment.planned()?;
+    let open = |c: &TrainConfig| g.open_with(&c.backend, &c.precision);
+    let estimates = estimate(&planned, open)?;
+    let known: Vec<f64> = estimates.iter().filter_map(|e| e.seconds).collect();
+    let total: f64 = known.iter().sum();
+    let most = estimates.iter().map(|e| e.memory).max().unwrap_or(0);
+    let both = || planned.iter().zip(&estimates);
     if g.json {
-        let rows: Vec<_> = planned
-            .iter()
-            .map(|p| json!({"run": p.name(), "config": p.config}))
-            .collect();
-        json(&json!(rows))?;
+        let rows = both().map(|(p, e)| {
+            json!({"run": p.name(), "config": p.config, "params": e.plan.params, "flops": e.plan.flops,
+                "memory_bytes": e.memory, "seconds": e.seconds, "time_from": e.source})
+        });
+        let rows: Vec<_> = rows.collect();
+        json(
+            &json!({"title": experiment.title, "runs": rows, "seconds": total, "runs_timed": known.len(),
+            "memory_bytes": most}),
+        )?;
         return Ok(ExitCode::SUCCESS);
     }
-    let mut t = Table::new(["run", "model", "data", "epochs", "batch", "seed"]).left(&[0, 1, 2]);
-    for p in &planned {
+    let mut t = Table::new([
+        "run", "model", "data", "epochs", "batch", "seed", "params", "memory", "time", "from",
+    ])
+    .left(&[0, 1, 2, 9]);
+    for (p, e) in both() {
         let c = &p.config;
         t.row([
             p.name(),
-            c.model.clone(),
+            e.plan.model.id.clone(),
             c.data.clone(),
             c.epochs.to_string(),
             c.batch_size.to_string(),
             c.seed.to_string(),
+            si(e.plan.params as f64),
+            format!("{}B", si(e.memory as f64)),
+            e.seconds.map_or("no data yet".into(), duration),
+            match e.source {
+                Source::Steps => "steps".into(),
+                Source::Flops => "FLOPs".into(),
+            },
         ]);
     }
-    print(&format!(
-        "{}\n{} runs\n\n{}",
+    let missing = match planned.len() - known.len() {
+        0 => String::new(),
+        n => format!(", {n} of them without their data and so without a time"),
+    };
+    let mut text = format!(
+        "{}\n{} runs{missing}, one after the other: about {}, at most {}B at once\n\n{}\n\
+         time: images of all epochs at the speed of a few steps timed here just now (steps), or, for networks too large to \
+         be built for that, their operations at the rate of those steps (FLOPs); loading and augmentation left out\n",
         experiment.title,
         planned.len(),
+        duration(total),
+        si(most as f64),
         t.to_text()
-    ))?;
+    );
+    let mut notes: Vec<&String> = estimates.iter().flat_map(|e| &e.plan.notes).collect();
+    notes.sort();
+    notes.dedup();
+    for n in notes {
+        text += &format!("note: {n}\n");
+    }
+    print(&text)?;
     Ok(ExitCode::SUCCESS)
 }

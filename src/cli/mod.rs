@@ -96,8 +96,9 @@ enum Command {
     Kernels(kernels::Kernels),
     /// Every kernel against its float64 reference, and every gradient against finite differences
     Check(check::Check),
-    /// Receptive fields, attention, similarity of layers
-    Analyze(Box<analyze::Analyze>),
+    /// What a network looks at, what its layers hold, and where it errs
+    #[command(subcommand)]
+    Analyze(analyze::Analyze),
     /// Time of training and inference steps, against the device's measured limits
     Bench(Box<bench::Bench>),
     /// One step, launch by launch: what to fix first, memory over time, a trace for Perfetto

@@ -3,13 +3,14 @@
 use super::global::Global;
 use clap::{Args, ValueEnum};
 use std::path::{Path, PathBuf};
+use tilewright::analyze::Subject;
 use tilewright::backend::Backend;
 use tilewright::data::{Interpolation, Preprocess, Sets};
 use tilewright::models::session::{Session, SessionOptions};
 use tilewright::models::{Model, ModelOptions, find};
 use tilewright::weights::load::{classes_of, identify};
 use tilewright::weights::registry::{Record, locate};
-use tilewright::weights::{Scheme, WeightFile};
+use tilewright::weights::{Scheme, Trained, WeightFile};
 use tilewright::{Error, Result};
 
 /// In place of a weight file: initialised from the seed.
@@ -89,42 +90,6 @@ pub fn positive(text: &str) -> Result<usize, String> {
         Ok(0) => Err("give 1 or more".into()),
         Ok(n) => Ok(n),
         Err(_) => Err("give a whole number of 1 or more".into()),
-    }
-}
-
-/// What the trainer writes into its weight files beside the weights.
-#[derive(Default)]
-struct Trained {
-    model: Option<String>,
-    size: Option<u32>,
-    mean: Option<[f32; 3]>,
-    std: Option<[f32; 3]>,
-    classes: Option<Vec<String>>,
-}
-
-impl Trained {
-    fn read(file: &WeightFile) -> Result<Trained> {
-        fn get<T: serde::de::DeserializeOwned>(file: &WeightFile, key: &str) -> Result<Option<T>> {
-            let key = format!("tilewright.{key}");
-            let Some(text) = file.metadata().get(&key) else {
-                return Ok(None);
-            };
-            serde_json::from_str(text).map(Some).map_err(|e| {
-                Error::input(format!(
-                    "{}: metadata {key} is {text:?}: {e}",
-                    file.path().display()
-                ))
-            })
-        }
-        // The model's name may stand there as it is, without JSON's quotation marks.
-        let model = file.metadata().get("tilewright.model");
-        Ok(Trained {
-            model: model.map(|m| serde_json::from_str(m).unwrap_or_else(|_| m.clone())),
-            size: get(file, "size")?,
-            mean: get(file, "mean")?,
-            std: get(file, "std")?,
-            classes: get(file, "classes")?,
-        })
     }
 }
 
@@ -266,6 +231,19 @@ impl Source {
         }
         p.check()?;
         Ok(p)
+    }
+
+    /// As what is analysed, under a name for tables and plots.
+    pub fn subject(self, name: String, preprocess: Preprocess) -> Subject {
+        Subject {
+            name,
+            classes: self.classes(),
+            class_names: self.trained.classes,
+            model: self.model,
+            file: self.file,
+            preprocess,
+            seed: self.seed,
+        }
     }
 
     /// Compiles the model for batches of `batch` images of `size` pixels, with a classifier of `classes` where the flags

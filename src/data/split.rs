@@ -225,6 +225,23 @@ impl Split {
         }
     }
 
+    /// The image at `position` of this view, decoded, at its own size.
+    ///
+    /// # Errors
+    /// [`Error::Input`] naming a file that cannot be read.
+    pub fn image(&self, position: usize) -> Result<Rgb> {
+        let index = self.indices[position];
+        let Pixels::Memory { size, bytes } = &self.source.pixels else {
+            return self.source.pixels.decode(index);
+        };
+        let one = *size as usize * *size as usize * 3;
+        Ok(Rgb {
+            width: *size,
+            height: *size,
+            pixels: bytes[index as usize * one..(index as usize + 1) * one].to_vec(),
+        })
+    }
+
     pub(crate) fn with_indices(&self, indices: Vec<u32>) -> Split {
         Split {
             indices: Arc::new(indices),

@@ -1,5 +1,6 @@
 //! Experiment files: what is compared, expanded into runs.
 
+use super::analyses::Wanted;
 use crate::train::TrainConfig;
 use crate::{Error, Result};
 use include_dir::{Dir, include_dir};
@@ -29,6 +30,9 @@ pub struct Experiment {
     /// Every run is made with each.
     #[serde(default = "one_seed")]
     pub seeds: Vec<u64>,
+    /// Analyses of the trained models (see [`Wanted`]).
+    #[serde(default)]
+    analyses: Vec<Table>,
     /// What is otherwise in the small setting.
     #[serde(default)]
     small: Small,
@@ -44,6 +48,8 @@ struct Small {
     /// In place of the matrix, where given.
     matrix: Option<Table>,
     seeds: Option<Vec<u64>>,
+    /// In place of the analyses, where given.
+    analyses: Option<Vec<Table>>,
 }
 
 fn one_seed() -> Vec<u64> {
@@ -125,7 +131,17 @@ impl Experiment {
         self.runs = small.runs.unwrap_or(self.runs);
         self.matrix = small.matrix.unwrap_or(self.matrix);
         self.seeds = small.seeds.unwrap_or(self.seeds);
+        self.analyses = small.analyses.unwrap_or(self.analyses);
+        self.title += " (small setting)";
         self
+    }
+
+    /// The analyses that follow the runs.
+    ///
+    /// # Errors
+    /// An entry is none.
+    pub fn analyses(&self) -> Result<Vec<Wanted>> {
+        self.analyses.iter().map(Wanted::read).collect()
     }
 
     /// A setting over everything the file says, `key=value` with a TOML value (or plain text).
@@ -216,6 +232,7 @@ impl Experiment {
                 planned.push(one);
             }
         }
+        self.analyses()?;
         if planned.is_empty() {
             return Err(Error::input(format!(
                 "{}: there is no run in it",
@@ -288,6 +305,11 @@ base = { epochs = 1 }
             "title = 'T'\nquestion = 'Q'\nruns = [{ lr = 1.0 }, { lr = 2.0 }]",
             "names",
         );
+        let analysis =
+            |entry: &str| format!("title = 'T'\nquestion = 'Q'\nanalyses = [{{ {entry} }}]");
+        says(&analysis("kind = 'ckaa'"), "nearest is cka");
+        says(&analysis("kind = 'cka', wihtin = true"), "--wihtin");
+        says(&analysis("limit = 3"), "kind");
         assert!(
             Experiment::open("no-such")
                 .unwrap_err()

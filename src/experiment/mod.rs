@@ -1,6 +1,8 @@
 //! Experiments: a matrix of runs (models, data, settings, seeds), each a run directory of its own, and what came out of
 //! all of them in one table and one page.
 
+pub mod analyses;
+pub mod estimate;
 pub mod matrix;
 pub mod report;
 pub mod stats;

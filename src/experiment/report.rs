@@ -1,9 +1,12 @@
 //! What came out of an experiment: rows, a table of settings, tests, a page.
 
 use super::Finished;
+use super::analyses::Done;
 use super::matrix::Experiment;
 use super::stats::{Summary, paired_p, summary};
+use crate::analyze::{Findings, capital};
 use crate::report::html::{Block, Document, accuracy_margin};
+use crate::report::metrics::EvalReport;
 use crate::report::plot::{self, Family, RunCurve, Setting, Svg};
 use crate::report::table::{Table, duration, number, si};
 use crate::{Error, Result};
@@ -278,7 +281,30 @@ fn answer(groups: &[Group]) -> String {
     )
 }
 
-/// The page about `runs` of `experiment`; `missing` are the runs that are not finished.
+/// Recall and precision of each class in each setting; `None` where there are more classes than a table is read for.
+fn class_table(settings: &[(&str, Family, &EvalReport)]) -> Option<Table> {
+    const ROWS: usize = 20;
+    let classes = &settings.first()?.2.per_class;
+    if classes.len() > ROWS {
+        return None;
+    }
+    let names = settings
+        .iter()
+        .map(|s| format!("{}: recall / precision %", s.0));
+    let mut t = Table::new(std::iter::once("class".to_string()).chain(names)).left(&[0]);
+    for (i, class) in classes.iter().enumerate() {
+        let cell = |s: &(&str, Family, &EvalReport)| {
+            let c = &s.2.per_class[i];
+            let percent = |v: f64| number(100.0 * v, 1);
+            format!("{} / {}", percent(c.recall), percent(c.precision))
+        };
+        t.row(std::iter::once(class.name.clone()).chain(settings.iter().map(cell)));
+    }
+    Some(t)
+}
+
+/// The page about `runs` of `experiment`; `missing` are the runs that are not finished, `analyses` what was found in the
+/// trained models.
 ///
 /// # Errors
 /// There is no run, or a plot cannot be drawn.
@@ -286,6 +312,7 @@ pub fn page(
     experiment: &Experiment,
     runs: &[Finished],
     missing: &[String],
+    analyses: &[Done],
     command: &str,
 ) -> Result<(Document, Vec<(String, Svg)>)> {
     if runs.is_empty() {
@@ -406,23 +433,33 @@ pub fn page(
         .collect();
     let svg = plot::class_f1(&alike)?;
     plots.push(("classes".into(), svg.clone()));
-    d.sections.push((
-        "Per class".into(),
-        vec![Block::Figure(
-            svg,
-            "F1 of the first seed of each setting.".into(),
-        )],
-    ));
-    let mut matrices = vec![];
-    for g in &shown {
+    let mut blocks = vec![Block::Figure(
+        svg,
+        "F1 of the first seed of each setting.".into(),
+    )];
+    blocks.extend(class_table(&alike).map(Block::Table));
+    d.sections.push(("Per class".into(), blocks));
+    let matrices = shown.iter().map(|g| {
         let svg = plot::confusion(&g.runs[0].eval)?;
-        matrices.push(Block::Figure(
-            svg,
-            format!("{}: share of each true class (row), first seed.", g.name),
-        ));
+        Ok((svg, g.name.to_string()))
+    });
+    let mut blocks = vec![
+        Block::Text(
+            "Share of each true class (row) by predicted class (column), of the first seed.".into(),
+        ),
+        Block::SideBySide(matrices.collect::<Result<_>>()?),
+    ];
+    blocks.extend(few("Matrices"));
+    d.sections.push(("Confusion matrices".into(), blocks));
+    for one in analyses {
+        let blocks = one.found.iter().flat_map(Findings::blocks).collect();
+        d.sections.push((capital(&one.title), blocks));
     }
-    matrices.extend(few("Matrices"));
-    d.sections.push(("Confusion matrices".into(), matrices));
+    if !experiment.analyses()?.is_empty() && analyses.is_empty() {
+        let note = "The analyses follow when every run is finished.";
+        d.sections
+            .push(("Analyses".into(), vec![Block::Text(note.into())]));
+    }
     let mut blocks = vec![Block::Code(command.into())];
     let mut made: Vec<&str> = runs.iter().map(|r| r.made.as_str()).collect();
     made.dedup();

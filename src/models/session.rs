@@ -202,6 +202,11 @@ impl Session {
         self.heads.logits.is_some()
     }
 
+    /// The logits, or the features where there is no classifier.
+    pub fn output(&self) -> Tid {
+        self.heads.output()
+    }
+
     /// Runs a batch `[N, H, W, 3]` of normalised pixels; `[N, outputs]`.
     ///
     /// # Errors

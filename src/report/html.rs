@@ -18,7 +18,7 @@ use super::plot::{self, Family, RunCurve};
 use super::runlog::EpochRow;
 use super::table::{Table, duration, number, si};
 use crate::Result;
-use page::{Page, code, facts, figure, notes, table_html};
+use page::{Page, code, facts, figure, notes, pixels, table_html};
 use sample::{SAMPLES, samples_html};
 
 /// What a result was made with.

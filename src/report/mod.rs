@@ -79,7 +79,7 @@ pub fn write_atomic_with(
 }
 
 /// Pixels as a `data:` URI that holds a PNG.
-fn png_data_uri(
+pub(crate) fn png_data_uri(
     pixels: &[u8],
     width: u32,
     height: u32,

@@ -8,11 +8,13 @@ pub mod bench;
 mod classes;
 mod curves;
 mod layers;
+mod panels;
 mod settings;
 
 pub use classes::{class_f1, confusion};
 pub use curves::{learning_curves, learning_rate};
 pub use layers::{LayerSeries, heat_map, over_depth};
+pub use panels::{Multiple, Reliability, Scatter, multiples, reliability, scatter};
 pub use settings::{Setting, against, dots};
 
 use super::html::escape;
@@ -171,6 +173,27 @@ fn value_grid(
     Ok(())
 }
 
+/// A straight line, dashed by hand where asked for: the library's dashes are as long as its pixels.
+fn stroke(
+    area: &Area,
+    (ax, ay): (f64, f64),
+    (bx, by): (f64, f64),
+    style: ShapeStyle,
+    dashed: bool,
+) -> Result<()> {
+    let (parts, full) = match dashed {
+        true => (((bx - ax).hypot(by - ay) / 11.0).ceil(), 0.7),
+        false => (1.0, 1.0),
+    };
+    let at = |share: f64| (z(ax + (bx - ax) * share), z(ay + (by - ay) * share));
+    for p in 0..parts as usize {
+        let (from, to) = (p as f64 / parts, (p as f64 + full) / parts);
+        area.draw(&PathElement::new(vec![at(from), at(to)], style))
+            .map_err(failed)?;
+    }
+    Ok(())
+}
+
 /// Width of `s` in a sans-serif font; only estimated, because the reader's font is not known here.
 fn text_width(s: &str, size: f64) -> f64 {
     s.chars().count() as f64 * size * 0.56
@@ -325,7 +348,7 @@ fn run_legend<'a>(
 }
 
 /// At most `max` characters; a longer text loses its middle, because ids differ at both ends.
-fn shorten(s: &str, max: usize) -> String {
+pub(crate) fn shorten(s: &str, max: usize) -> String {
     let chars: Vec<char> = s.chars().collect();
     if chars.len() <= max {
         return s.to_string();

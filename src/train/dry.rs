@@ -2,9 +2,11 @@
 
 use super::config::TrainConfig;
 use super::program::ProgramSpec;
-use super::setup::{Setup, model_name, open_data};
+use super::run::may_keep_features;
+use super::setup::{Setup, model_name, open_data, views};
 use crate::data::{IMAGENET_MEAN, IMAGENET_STD, Preprocess};
 use crate::graph::plan::{Limits, Memory};
+use crate::models::Model;
 use crate::weights::registry::locate;
 use crate::{Error, Result};
 
@@ -27,6 +29,16 @@ pub struct Plan {
     pub unsaved: Option<usize>,
     /// Training images and updates of an epoch, where the data are there.
     pub epoch: Option<(usize, usize)>,
+    /// Test images, where the data are there.
+    pub test: usize,
+    /// The model, without what was dropped of it.
+    pub model: Model,
+    /// Side of the images in pixels.
+    pub size: usize,
+    /// Classes.
+    pub classes: usize,
+    /// Whether the network before the classifier runs only once over the images.
+    pub features_once: bool,
     /// What is not there yet, and what was decided.
     pub notes: Vec<String>,
 }
@@ -89,8 +101,13 @@ pub fn plan(config: &TrainConfig) -> Result<Plan> {
     let graph = &derived.built.net.graph;
     let memory = Memory::plan(graph, &vec![0; graph.nodes.len()], limits);
     let batch = setup.config.batch_size;
-    let updates = |n: usize| n / batch / setup.config.accumulate;
+    let accumulate = setup.config.accumulate;
+    let updates = |n: usize| n / batch / accumulate;
     notes.extend(setup.notes.iter().cloned());
+    let views = sets
+        .map(|s| views(&setup.config, s.train, s.test))
+        .transpose()?;
+    let features_once = may_keep_features(&setup)?;
     Ok(Plan {
         params: derived.built.params.0,
         trained: derived.built.params.1,
@@ -98,7 +115,12 @@ pub fn plan(config: &TrainConfig) -> Result<Plan> {
         persistent: 4 * memory.persistent,
         activations: 4 * memory.peak,
         unsaved: derived.recomputed.map(|s| s.before),
-        epoch: sets.map(|s| (s.train.len(), updates(s.train.len()))),
+        epoch: views.as_ref().map(|v| (v.0.len(), updates(v.0.len()))),
+        test: views.as_ref().map_or(0, |v| v.1.len()),
+        model: setup.model,
+        size: setup.size,
+        classes,
+        features_once,
         notes,
         config: setup.config,
     })

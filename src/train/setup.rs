@@ -182,16 +182,9 @@ pub fn open_data(config: &TrainConfig) -> Result<data::Sets> {
     data::open(&config.data, OpenOptions { seed: config.seed })
 }
 
-/// Makes the splits of `sets` ready; with `memory` false nothing is decoded before it is asked for.
-pub(super) fn prepare(
-    config: &TrainConfig,
-    sets: data::Sets,
-    preprocess: Preprocess,
-    memory: bool,
-) -> Result<RunData> {
-    let mut notes = sets.notes;
-    let mut train = sets.train;
-    let mut test = sets.test;
+/// What `config` makes of a data set's training and test images: validation share, subset, imbalance, limits.
+pub(super) fn views(config: &TrainConfig, train: Split, test: Split) -> Result<(Split, Split)> {
+    let (mut train, mut test) = (train, test);
     if config.val_share > 0.0 {
         (train, test) = train.split_off(config.val_share, config.seed)?;
     }
@@ -205,10 +198,21 @@ pub(super) fn prepare(
         train = train.step_imbalance(1.0 / config.step_imbalance, config.seed)?;
     }
     let limit = |s: Split, n: usize| if n > 0 { s.limit(n) } else { s };
-    let (train, test) = (
+    Ok((
         limit(train, config.limit_train),
         limit(test, config.limit_test),
-    );
+    ))
+}
+
+/// Makes the splits of `sets` ready; with `memory` false nothing is decoded before it is asked for.
+pub(super) fn prepare(
+    config: &TrainConfig,
+    sets: data::Sets,
+    preprocess: Preprocess,
+    memory: bool,
+) -> Result<RunData> {
+    let mut notes = sets.notes;
+    let (train, test) = views(config, sets.train, sets.test)?;
     let classes = train.classes().to_vec();
     let counts = train.counts();
     let mut options = PrepareOptions::default();

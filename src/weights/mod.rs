@@ -11,9 +11,11 @@ mod mistaken;
 pub mod naming;
 pub mod registry;
 pub mod save;
+mod trained;
 
 pub use file::{Dtype, Entry, WeightFile};
 pub use inspect::Inspection;
 pub use load::{FileNames, LoadOptions, Loaded, load};
 pub use naming::{Naming, Scheme};
 pub use save::{FloatFormat, SaveData, SaveTensor, save};
+pub use trained::Trained;

@@ -12,6 +12,12 @@ pub enum Block {
     Table(Table),
     /// A picture and what it shows.
     Figure(Svg, String),
+    /// Pictures side by side, as many as fit, each with what it shows.
+    SideBySide(Vec<(Svg, String)>),
+    /// A picture in pixels and what it shows.
+    Picture(image::RgbImage, String),
+    /// A heading within the section.
+    Heading(String),
     /// Code, or a file's text.
     Code(String),
     /// A heading with code that is folded away.
@@ -33,7 +39,10 @@ pub struct Document {
 
 impl Document {
     /// The page as HTML.
-    pub fn to_html(&self) -> String {
+    ///
+    /// # Errors
+    /// A picture cannot be encoded.
+    pub fn to_html(&self) -> Result<String> {
         let mut lead = format!("<p>{}</p>\n", escape(&self.lead));
         if !self.answer.is_empty() {
             lead += &format!("<p class=\"short\">{}</p>\n", escape(&self.answer));
@@ -46,6 +55,12 @@ impl Document {
                     Block::Text(text) => format!("<p class=\"soft\">{}</p>\n", escape(text)),
                     Block::Table(table) => table_html(table),
                     Block::Figure(svg, caption) => figure(svg, caption),
+                    Block::SideBySide(all) => {
+                        let each: String = all.iter().map(|(svg, c)| figure(svg, c)).collect();
+                        format!("<div class=\"row\">\n{each}</div>\n")
+                    }
+                    Block::Picture(picture, caption) => pixels(picture, caption)?,
+                    Block::Heading(text) => format!("<h3>{}</h3>\n", escape(text)),
                     Block::Code(text) => code(text),
                     Block::Folded(name, text) => format!(
                         "<details><summary>{}</summary>\n{}</details>\n",
@@ -55,6 +70,6 @@ impl Document {
                 });
             }
         }
-        page.finish()
+        Ok(page.finish())
     }
 }

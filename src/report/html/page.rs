@@ -1,7 +1,9 @@
 //! The frame of a page: contents, sections, tables, figures; everything escaped, and kept below 5 MB.
 
 use super::super::plot::Svg;
+use super::super::png_data_uri;
 use super::super::table::{Align, Table};
+use crate::Result;
 use std::fmt::Write;
 
 /// A page stays below 5 MB: what would not fit is left out, and the page says so.
@@ -149,6 +151,17 @@ pub(super) fn figure(svg: &Svg, caption: &str) -> String {
         text => format!("<figcaption>{}</figcaption>\n", escape(text)),
     };
     format!("<figure>\n{}{caption}</figure>\n", svg.inline())
+}
+
+/// As [`figure`], of a picture in pixels.
+pub(super) fn pixels(picture: &image::RgbImage, caption: &str) -> Result<String> {
+    let (w, h) = picture.dimensions();
+    let uri = png_data_uri(picture.as_raw(), w, h, image::ExtendedColorType::Rgb8)?;
+    let caption = escape(caption);
+    Ok(format!(
+        "<figure>\n<img src=\"{uri}\" width=\"{w}\" height=\"{h}\" alt=\"{caption}\">\n\
+         <figcaption>{caption}</figcaption>\n</figure>\n"
+    ))
 }
 
 pub(super) fn code(text: &str) -> String {

@@ -75,22 +75,7 @@ pub fn over_depth(title: &str, y_title: &str, series: &[LayerSeries]) -> Result<
                 .windows(2)
                 .filter(|p| p.iter().all(|q| q.1.is_finite()))
             {
-                let [(ax, ay), (bx, by)] = [pair[0], pair[1]];
-                // Dashes by hand: the library's are as long as its pixels.
-                let parts = if dashed {
-                    ((bx - ax).hypot(by - ay) / 11.0).ceil()
-                } else {
-                    1.0
-                };
-                for p in 0..parts as usize {
-                    let at = |share: f64| (z(ax + (bx - ax) * share), z(ay + (by - ay) * share));
-                    let (from, to) = (
-                        p as f64 / parts,
-                        (p as f64 + if dashed { 0.7 } else { 1.0 }) / parts,
-                    );
-                    root.draw(&PathElement::new(vec![at(from), at(to)], style))
-                        .map_err(failed)?;
-                }
+                stroke(root, pair[0], pair[1], style, dashed)?;
             }
         }
         let end = top + 320.0;
