@@ -157,6 +157,10 @@ impl Analysis for Args {
             }
             let matrix = sums.matrix();
             let used = left.len() * cx.batch;
+            let between = match i == j {
+                true => format!("{a} and each other"),
+                false => format!("{a} (rows) and those of {b} (columns)"),
+            };
             let title = format!("CKA of {a} and {b}");
             let svg = heat_map(&title, (rows, columns), (a, b), &matrix)?;
             let name = match (n, i == j) {
@@ -170,8 +174,8 @@ impl Analysis for Args {
             found = found.plot(
                 name,
                 format!(
-                    "Linear CKA between the layers of {a} and of {b}: 1 (yellow) where they hold the same up to rotation \
-                     and scale, 0 (violet) where they have nothing in common."
+                    "Linear CKA between the layers of {between}: 1 (yellow) where they hold the same up to rotation and \
+                     scale, 0 (violet) where they have nothing in common."
                 ),
                 svg,
             );

@@ -156,14 +156,16 @@ fn dry_run(g: &Global, experiment: &Experiment) -> Result<ExitCode> {
     let planned = experiment.planned()?;
     let open = |c: &TrainConfig| g.open_with(&c.backend, &c.precision);
     let estimates = estimate(&planned, open)?;
-    let known: Vec<f64> = estimates.iter().filter_map(|e| e.seconds).collect();
+    let good = || estimates.iter().flatten();
+    let known: Vec<f64> = good().filter_map(|e| e.seconds).collect();
     let total: f64 = known.iter().sum();
-    let most = estimates.iter().map(|e| e.memory).max().unwrap_or(0);
+    let most = good().map(|e| e.memory).max().unwrap_or(0);
     let both = || planned.iter().zip(&estimates);
     if g.json {
-        let rows = both().map(|(p, e)| {
-            json!({"run": p.name(), "config": p.config, "params": e.plan.params, "flops": e.plan.flops,
-                "memory_bytes": e.memory, "seconds": e.seconds, "time_from": e.source})
+        let rows = both().map(|(p, e)| match e {
+            Ok(e) => json!({"run": p.name(), "config": p.config, "params": e.plan.params, "flops": e.plan.flops,
+                "memory_bytes": e.memory, "seconds": e.seconds, "time_from": e.source}),
+            Err(e) => json!({"run": p.name(), "config": p.config, "error": e.to_string()}),
         });
         let rows: Vec<_> = rows.collect();
         json(
@@ -178,20 +180,22 @@ fn dry_run(g: &Global, experiment: &Experiment) -> Result<ExitCode> {
     .left(&[0, 1, 2, 9]);
     for (p, e) in both() {
         let c = &p.config;
+        let e = e.as_ref().ok();
+        let plain = |of: Option<String>| of.unwrap_or_else(|| "-".into());
         t.row([
             p.name(),
-            e.plan.model.id.clone(),
+            e.map_or(c.model.clone(), |e| e.plan.model.id.clone()),
             c.data.clone(),
             c.epochs.to_string(),
             c.batch_size.to_string(),
             c.seed.to_string(),
-            si(e.plan.params as f64),
-            format!("{}B", si(e.memory as f64)),
-            e.seconds.map_or("no data yet".into(), duration),
-            match e.source {
+            plain(e.map(|e| si(e.plan.params as f64))),
+            plain(e.map(|e| format!("{}B", si(e.memory as f64)))),
+            plain(e.and_then(|e| e.seconds).map(duration)),
+            plain(e.filter(|e| e.seconds.is_some()).map(|e| match e.source {
                 Source::Steps => "steps".into(),
                 Source::Flops => "FLOPs".into(),
-            },
+            })),
         ]);
     }
     let missing = match planned.len() - known.len() {
@@ -208,7 +212,11 @@ fn dry_run(g: &Global, experiment: &Experiment) -> Result<ExitCode> {
         si(most as f64),
         t.to_text()
     );
-    let mut notes: Vec<&String> = estimates.iter().flat_map(|e| &e.plan.notes).collect();
+    let each = estimates.iter().flat_map(|e| match e {
+        Ok(e) => e.plan.notes.clone(),
+        Err(e) => vec![e.to_string()],
+    });
+    let mut notes: Vec<String> = each.collect();
     notes.sort();
     notes.dedup();
     for n in notes {

@@ -96,53 +96,56 @@ impl Clock {
     }
 }
 
-/// Plans `runs` and times a training step (of a frozen backbone: an inference step) of each of their networks.
+/// Plans `runs` and times a training step (of a frozen backbone: an inference step) of each of their networks. What cannot
+/// be planned yet, because its data are not there, has its reason in place of an estimate.
 ///
 /// # Errors
-/// A run could not start, or a step fails.
+/// There is no such backend, or a step fails.
 pub fn estimate(
     runs: &[Planned],
     open: impl Fn(&TrainConfig) -> Result<Box<dyn Backend>>,
-) -> Result<Vec<Estimate>> {
-    let plans = runs
+) -> Result<Vec<Result<Estimate>>> {
+    let plans: Vec<Result<Plan>> = runs
         .iter()
-        .map(|r| plan(&r.config).map_err(|e| e.context(r.name())));
-    let plans = plans.collect::<Result<Vec<_>>>()?;
+        .map(|r| plan(&r.config).map_err(|e| e.context(r.name())))
+        .collect();
     let mut clock = Clock::default();
     let mut backends: Vec<(String, String, Box<dyn Backend>)> = vec![];
-    for plan in &plans {
+    for plan in plans.iter().flatten() {
         let c = &plan.config;
-        let key = (c.backend.clone(), c.precision.clone());
-        if !backends.iter().any(|b| (&b.0, &b.1) == (&key.0, &key.1)) {
-            backends.push((key.0.clone(), key.1.clone(), open(c)?));
-        }
-        let backend = backends.iter().find(|b| (&b.0, &b.1) == (&key.0, &key.1));
-        if let Some((.., backend)) = backend {
-            // The gradient of a frozen backbone is not taken.
-            if !c.freeze_backbone {
-                clock.time(backend.as_ref(), plan, true)?;
+        let same = |b: &(String, String, Box<dyn Backend>)| b.0 == c.backend && b.1 == c.precision;
+        let place = match backends.iter().position(same) {
+            Some(i) => i,
+            None => {
+                backends.push((c.backend.clone(), c.precision.clone(), open(c)?));
+                backends.len() - 1
             }
-            clock.time(backend.as_ref(), plan, false)?;
+        };
+        let backend = backends[place].2.as_ref();
+        // The gradient of a frozen backbone is not taken.
+        if !c.freeze_backbone {
+            clock.time(backend, plan, true)?;
         }
+        clock.time(backend, plan, false)?;
     }
-    let each = plans.into_iter().map(|plan| {
+    let each = |plan: Plan| {
         let frozen = plan.config.freeze_backbone;
         let (train, source) = clock.each(&plan, !frozen);
         let (infer, _) = clock.each(&plan, false);
         let seconds = plan.epoch.map(|(images, _)| {
-            let passes = if plan.features_once {
-                1.0
-            } else {
-                plan.config.epochs as f64
+            let passes = match plan.features_once {
+                true => 1.0,
+                false => plan.config.epochs as f64,
             };
             passes * (images as f64 * train + plan.test as f64 * infer)
         });
         Estimate {
             memory: plan.persistent + plan.activations,
-            seconds,
+            // Without any timed network there is no rate.
+            seconds: seconds.filter(|s| s.is_finite()),
             source,
             plan,
         }
-    });
-    Ok(each.collect())
+    };
+    Ok(plans.into_iter().map(|p| p.map(each)).collect())
 }

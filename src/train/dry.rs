@@ -3,11 +3,11 @@
 use super::config::TrainConfig;
 use super::program::ProgramSpec;
 use super::run::may_keep_features;
-use super::setup::{Setup, model_name, open_data, views};
+use super::setup::{Setup, open_data, views};
 use crate::data::{IMAGENET_MEAN, IMAGENET_STD, Preprocess};
 use crate::graph::plan::{Limits, Memory};
 use crate::models::Model;
-use crate::weights::registry::locate;
+use crate::weights::registry::{find, locate, records};
 use crate::{Error, Result};
 
 /// What a run would be.
@@ -55,7 +55,12 @@ pub fn plan(config: &TrainConfig) -> Result<Plan> {
         && let Err(e) = locate(path)
     {
         notes.push(format!("weights to start from: {e}"));
-        config.model = model_name(&config)?;
+        if config.model.is_empty() {
+            let name = path.to_string_lossy();
+            let all = records(None)?;
+            // Only what the registry knows is ever missing in this way.
+            config.model = find(&all, &name).ok_or(e)?.model.clone();
+        }
         config.init = None;
     }
     let sets = match open_data(&config) {
@@ -166,5 +171,22 @@ impl Plan {
             text += &format!("note: {note}\n");
         }
         Ok(text + "\n" + &c.to_toml()?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whether the weights were fetched or not, a run that names nothing else is planned.
+    #[test]
+    fn weights_of_the_registry_name_the_model() {
+        let text = "init = 'resnet18.tv_in1k'\ndata = 'digits'\nimage_size = 32\nfreeze_backbone = true\n\
+                    replace_head = true\nsubset = '10%'";
+        let plan = plan(&TrainConfig::parse(text).unwrap()).unwrap();
+        assert_eq!((plan.model.id.as_str(), plan.size), ("resnet18", 32));
+        assert!(plan.features_once && plan.trained == 512 * 10 + 10);
+        // 144 or so of the 1,437 training images.
+        assert!((130..160).contains(&plan.epoch.unwrap().0) && plan.test > 300);
     }
 }
