@@ -2,6 +2,7 @@
 
 use super::ceiling::Ceilings;
 use super::measure::{Limits, Sample};
+use super::rival::rivals;
 use crate::backend::cuda::sim::Counters;
 use crate::backend::tuned::case_of;
 use crate::backend::{Backend, CompileOptions, Exec};
@@ -61,7 +62,7 @@ pub struct KernelReport {
     pub op: String,
     /// The op with the shapes of its operands and results: what a tuned variant goes by.
     pub signature: String,
-    /// The variant; `auto` is the default rule's choice.
+    /// The variant; `auto` is the default rule's choice. Or another library ([`rivals`]).
     pub variant: String,
     /// Worst error over its allowance in the check before; none where the variant cannot run the case.
     pub error: f64,
@@ -86,7 +87,7 @@ pub struct KernelReport {
 }
 
 /// The last-level caches of today's processors are smaller.
-const ROTATED: usize = 256 << 20;
+pub(super) const ROTATED: usize = 256 << 20;
 /// Operations of a case that the float64 reference is asked to do; above, the check takes a smaller batch.
 const CHECKED: u64 = 300_000_000;
 
@@ -135,6 +136,26 @@ pub fn measure_case(
                 (cost, executed),
                 (ceilings, options.hot),
             )?);
+        }
+    }
+    if backend.name() == "cpu" {
+        for &i in &wanted {
+            let node = &nodes[i];
+            let (x, y) = cg.graph.node_specs(node);
+            let Some(product) = node.op.product(&x) else {
+                continue;
+            };
+            let cost = node.op.cost(&x, &y);
+            for rival in rivals() {
+                rows.push(row(
+                    format!("{}({params})", room.name),
+                    (node.op.name(), case_of(node.op.name(), &x, &y)),
+                    rival.name,
+                    rival.time(&product, options.hot, options.limits)?,
+                    (cost, cost.flops),
+                    (ceilings, options.hot),
+                )?);
+            }
         }
     }
     Ok(rows)
@@ -244,7 +265,7 @@ pub struct CountReport {
     pub case: String,
     /// `linear_dgrad`.
     pub op: String,
-    /// The variant; `auto` is the default rule's choice.
+    /// The variant; `auto` is the default rule's choice. Or another library ([`rivals`]).
     pub variant: String,
     /// Worst error over its allowance in the check before.
     pub error: f64,

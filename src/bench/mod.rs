@@ -8,6 +8,7 @@ pub mod kernel;
 pub mod measure;
 pub mod model;
 pub mod record;
+pub mod rival;
 
 pub use ceiling::{Ceilings, ceilings, present_share};
 pub use measure::{Limits, Sample, measure};

@@ -18,7 +18,7 @@ use tilewright::bench::kernel::{KernelOptions, Pass, measure_case};
 use tilewright::bench::model::{
     Direction, Part, Step, StepOptions, StepReport, layer_cases, measure_step,
 };
-use tilewright::bench::record::{Origin, Row};
+use tilewright::bench::record::{Origin, Record, Row, path_of};
 use tilewright::bench::{Ceilings, Limits, Sample, ceilings};
 use tilewright::models::{Model, find};
 use tilewright::ops::check::run_case;
@@ -124,6 +124,10 @@ impl Bench {
     pub fn run(self, g: &Global) -> Result<ExitCode> {
         if !(self.interval > 0.0 && self.seconds >= 0.0 && self.seconds.is_finite()) {
             return Err(Error::input("--interval and --seconds are numbers above 0"));
+        }
+        // What is not there is said before anything is measured.
+        if let Some(name) = &self.compare {
+            Record::load(&path_of(name))?;
         }
         let name = match (&self.model, &self.target) {
             (Some(m), _) => m,

@@ -3,7 +3,7 @@
 
 use super::act::{Act, ActBwd};
 use super::conv2d::{ConvShape, cuda, wgpu};
-use super::{Case, Cost, Fill, Host, Op, Room, traffic};
+use super::{Case, Cost, Fill, Host, Op, Product, Room, traffic};
 use crate::backend::cpu::gemm::{Mat, PackedB, column_sums, gemm, gemm_packed};
 use crate::backend::cpu::{CpuCx, CpuKernel, Epilogue};
 use crate::backend::cuda::{self as device, CudaCx};
@@ -124,6 +124,16 @@ impl Op for Linear {
             b.give(x, dx)?;
         }
         Ok(())
+    }
+
+    fn product(&self, x: &[Spec]) -> Option<Product> {
+        Some(Product {
+            m: x[0].rows(),
+            n: x[1].shape[0],
+            k: x[0].channels(),
+            ta: false,
+            tb: true,
+        })
     }
 
     fn reference(&self, x: &[&Host], y: &mut [Host]) {
@@ -261,6 +271,16 @@ impl Op for LinearDgrad {
         }
     }
 
+    fn product(&self, x: &[Spec]) -> Option<Product> {
+        Some(Product {
+            m: x[0].rows(),
+            n: x[1].shape[1],
+            k: x[0].channels(),
+            ta: false,
+            tb: false,
+        })
+    }
+
     fn reference(&self, x: &[&Host], y: &mut [Host]) {
         let (o, i) = (x[0].channels(), y[0].channels());
         for r in 0..x[0].rows() {
@@ -356,6 +376,16 @@ impl Op for LinearWgrad {
             flops: flops(x[0].rows(), x[0].channels(), x[1].channels()),
             bytes: traffic(x, y),
         }
+    }
+
+    fn product(&self, x: &[Spec]) -> Option<Product> {
+        Some(Product {
+            m: x[1].channels(),
+            n: x[0].channels(),
+            k: x[0].rows(),
+            ta: true,
+            tb: false,
+        })
     }
 
     fn reference(&self, x: &[&Host], y: &mut [Host]) {

@@ -49,6 +49,51 @@ pub struct Cost {
     pub bytes: u64,
 }
 
+/// An op as one product of matrices: `y [m, n] = A [m, k] B [k, n]`, with `[k, m]` or `[n, k]` in memory where transposed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Product {
+    /// Rows of the result.
+    pub m: usize,
+    /// Columns of the result.
+    pub n: usize,
+    /// Terms of each sum.
+    pub k: usize,
+    /// A is stored transposed.
+    pub ta: bool,
+    /// B is stored transposed.
+    pub tb: bool,
+}
+
+impl Product {
+    /// Whether slices of these lengths hold A, B and the result.
+    pub fn fits(&self, a: usize, b: usize, c: usize) -> bool {
+        a == self.m * self.k && b == self.k * self.n && c == self.m * self.n
+    }
+
+    /// The worst error of some sixty of `c`'s elements, over what float32 is allowed; NaN where there is one.
+    pub fn error(&self, a: &[f32], b: &[f32], c: &[f32]) -> f64 {
+        let (m, n, k) = (self.m, self.n, self.k);
+        let step = (m * n / 61).max(1);
+        let mut worst = 0.0;
+        for at in (0..m * n).step_by(step) {
+            let (i, j) = (at / n, at % n);
+            let (mut sum, mut squares) = (0.0, 0.0);
+            for l in 0..k {
+                let x = f64::from(a[if self.ta { l * m + i } else { i * k + l }]);
+                let y = f64::from(b[if self.tb { j * k + l } else { l * n + j }]);
+                sum += x * y;
+                squares += (x * y) * (x * y);
+            }
+            let allowed = check::F32_TOLERANCE * (k as f64).sqrt() * (squares.sqrt() + sum.abs());
+            let error = (f64::from(c[at]) - sum).abs() / (allowed + 1e-30);
+            if error.is_nan() || error > worst {
+                worst = error;
+            }
+        }
+        worst
+    }
+}
+
 /// Which places of its first operand a place of an op's result depends on, along height and width.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Reach {
@@ -97,6 +142,12 @@ pub trait Op: Debug + Send + Sync + 'static {
     /// Which places of the first operand a place of the result depends on, for receptive fields.
     fn reach(&self, _x: &[Spec]) -> Reach {
         Reach::Same
+    }
+
+    /// The op as one product of its first operand and its second, or the other way round, where it is one but for the
+    /// epilogue: what a BLAS can be asked for.
+    fn product(&self, _x: &[Spec]) -> Option<Product> {
+        None
     }
 
     /// Floating-point operations that the default kernel of the backend called `backend` does: fewer than

@@ -12,7 +12,7 @@ pub mod wgpu;
 pub use shape::ConvShape;
 
 use super::act::{Act, ActBwd};
-use super::{Case, Cost, Host, Op, Room, traffic};
+use super::{Case, Cost, Host, Op, Product, Room, traffic};
 use crate::backend::cpu::{CpuCx, CpuKernel};
 use crate::backend::cuda::{self as device, CudaCx};
 use crate::backend::wgpu::{Arg, WgpuCx};
@@ -159,6 +159,18 @@ impl Op for Conv2d {
             b.give(x, dx)?;
         }
         Ok(())
+    }
+
+    fn product(&self, x: &[Spec]) -> Option<Product> {
+        let s = Some(self.shape(x)).filter(ConvShape::is_matrix_product)?;
+        let pixels = s.n * s.h * s.w;
+        Some(Product {
+            m: pixels,
+            n: s.k,
+            k: s.c,
+            ta: false,
+            tb: true,
+        })
     }
 
     fn reference(&self, x: &[&Host], y: &mut [Host]) {
@@ -316,6 +328,18 @@ impl Op for Conv2dDgrad {
         executed(backend, &shape, true)
     }
 
+    fn product(&self, x: &[Spec]) -> Option<Product> {
+        let s = self.shape(x).ok().filter(ConvShape::is_matrix_product)?;
+        let pixels = s.n * s.h * s.w;
+        Some(Product {
+            m: pixels,
+            n: s.c,
+            k: s.k,
+            ta: false,
+            tb: false,
+        })
+    }
+
     fn reference(&self, x: &[&Host], y: &mut [Host]) {
         reference::dgrad(self, x, &mut y[0]);
     }
@@ -420,6 +444,18 @@ impl Op for Conv2dWgrad {
     fn executed(&self, backend: &str, x: &[Spec], _y: &[Spec]) -> u64 {
         let shape = self.shape(x).expect("checked by the shape rule");
         executed(backend, &shape, false)
+    }
+
+    fn product(&self, x: &[Spec]) -> Option<Product> {
+        let s = self.shape(x).ok().filter(ConvShape::is_matrix_product)?;
+        let pixels = s.n * s.h * s.w;
+        Some(Product {
+            m: s.k,
+            n: s.c,
+            k: pixels,
+            ta: true,
+            tb: false,
+        })
     }
 
     fn reference(&self, x: &[&Host], y: &mut [Host]) {
