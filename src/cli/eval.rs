@@ -32,7 +32,8 @@ const SAMPLES: usize = 40;
 pub struct Eval {
     #[command(flatten)]
     source: ModelArgs,
-    /// digits, synthetic[:CLASSESxSIZE], cifar10[:DIR], cifar100[:DIR], tiny-imagenet[:DIR] or folder:DIR
+    /// digits, synthetic[:CLASSESxSIZE], cifar10[:DIR], cifar100[:DIR], tiny-imagenet[:DIR], folder:DIR or
+    /// shards:DIR|PATTERN
     #[arg(short, long, value_name = "DATA")]
     data: String,
     /// Which images

@@ -32,7 +32,8 @@ pub struct Train {
     /// Model id or spec string; given several times, each is trained and one report compares them
     #[arg(short, long, value_name = "MODEL")]
     model: Vec<String>,
-    /// Data set: digits, synthetic[:CLASSESxSIZE], cifar10[:DIR], cifar100[:DIR], tiny-imagenet[:DIR], folder:DIR
+    /// Data set: digits, synthetic[:CLASSESxSIZE], cifar10[:DIR], cifar100[:DIR], tiny-imagenet[:DIR], folder:DIR,
+    /// shards:DIR|PATTERN (see `tilewright data list`)
     #[arg(short, long, value_name = "DATA")]
     data: Option<String>,
     /// Run directory [default: runs/MODEL]

@@ -71,8 +71,12 @@ pub fn build(options: &BuildOptions, stop: &AtomicBool) -> Result<BuildReport> {
     let mut lost = plan.failures.clone();
     let mut images = vec![0; plan.classes.len()];
     for shard in &job.shards {
-        let done = read_done(&shard.done)?
-            .ok_or_else(|| Error::run(format!("{} is gone", shard.done.display())))?;
+        let done = shard.finished()?.ok_or_else(|| {
+            Error::run(format!(
+                "{} is gone; the same command makes it again",
+                shard.tar.display()
+            ))
+        })?;
         report.add(shard.split, &done);
         if shard.split == "train" {
             for (class, n) in &done.classes {
@@ -220,17 +224,23 @@ struct Shard<'a> {
     split: &'static str,
     number: usize,
     candidates: &'a [Candidate],
+    tar: PathBuf,
     journal: PathBuf,
     done: PathBuf,
 }
 
-fn read_done(path: &Path) -> Result<Option<Done>> {
-    match std::fs::read(path) {
-        Ok(bytes) => serde_json::from_slice(&bytes)
-            .map(Some)
-            .map_err(|e| Error::input(format!("{}: {e}", path.display()))),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(e) => Err(Error::reading(path, e)),
+impl Shard<'_> {
+    /// What the shard holds, where it is done, and there as it was written.
+    fn finished(&self) -> Result<Option<Done>> {
+        let bytes = match std::fs::read(&self.done) {
+            Ok(bytes) => bytes,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(Error::reading(&self.done, e)),
+        };
+        let done: Done = serde_json::from_slice(&bytes)
+            .map_err(|e| Error::input(format!("{}: {e}", self.done.display())))?;
+        let there = std::fs::metadata(&self.tar).is_ok_and(|m| m.len() == done.bytes);
+        Ok(there.then_some(done))
     }
 }
 
@@ -294,6 +304,7 @@ impl<'a> Job<'a> {
                     split: part.split,
                     number,
                     candidates,
+                    tar: options.dir.join(format!("{name}.tar")),
                     journal: state.join(format!("{name}.journal")),
                     done: state.join(format!("{name}.json")),
                 });
@@ -443,7 +454,7 @@ impl<'a> Job<'a> {
         s.next_shard += 1;
         let shard = &self.shards[index];
         let n = shard.candidates.len();
-        if let Some(done) = read_done(&shard.done)? {
+        if let Some(done) = shard.finished()? {
             self.before.fetch_add(n as u64, Ordering::Relaxed);
             self.view.skip(n as u64, done.images);
             return Ok(());

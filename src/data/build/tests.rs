@@ -227,6 +227,10 @@ fn a_server_that_fails_in_every_way_loses_just_what_it_does_not_give() {
     );
     assert_eq!(server.requests.load(Ordering::Relaxed), asked);
     assert!(shards(&dir) == before);
+    // A shard that is gone is made again.
+    std::fs::remove_file(dir.join("train-000001.tar")).unwrap();
+    assert_eq!(run(&options(&table, &dir)).unwrap().settled, 25);
+    assert!(shards(&dir) == before);
     // Other settings are refused, and so are folders with other shards.
     let e = run(&BuildOptions {
         size: 32,
