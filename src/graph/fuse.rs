@@ -325,4 +325,26 @@ mod tests {
         assert_eq!(names.len(), 3 + 5, "{names:?}");
         close(&plain[0], &fused[0]);
     }
+
+    /// Folding is in place: weights that something else wants, the host or a second convolution, stay as they are.
+    #[test]
+    fn weights_with_another_reader_are_not_folded() {
+        let folds = |change: fn(&mut Graph)| {
+            let mut g = Graph::new();
+            network(&mut g).unwrap();
+            change(&mut g);
+            fuse(&mut g, Purpose::Inference).unwrap();
+            let names = g.nodes.iter().map(|n| n.op.name());
+            names.filter(|n| *n == "fold_batch_norm").count()
+        };
+        assert_eq!(folds(|_| ()), 3);
+        assert_eq!(folds(|g| g.keep(g.params[0].tid)), 2);
+        assert_eq!(
+            folds(|g| {
+                let first = g.nodes[0].clone();
+                g.push_arc(first.op, &first.inputs).unwrap();
+            }),
+            2
+        );
+    }
 }

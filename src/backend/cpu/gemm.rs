@@ -129,7 +129,7 @@ pub fn gemm(
     );
 }
 
-/// [`gemm`] with a B that was packed before.
+/// [`gemm()`] with a B that was packed before.
 pub fn gemm_packed(
     m: usize,
     a: Mat,
