@@ -223,22 +223,34 @@ fn wgrad(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: vec
         let x${m} = (n * p.h + yy${m}) * p.w;
         let in${m} = real${m} && yy${m} < p.h;
 //#end
+        // Indices are counted up, as in attention_lanes.wgsl; what lies outside is read (as zero, or as anything there
+        // is) and not used.
+        let row0 = line * p.q;
+//#for u CO
+        var at${u} = (row0 + (${u}u * 8u + l) / CQ) * kt4 + group * k4 + min(quad0 + (${u}u * 8u + l) % CQ, k4 - 1u);
+//#end
+//#for t 4
+//#for m NC
+        var xx${t}_${m} = u32(i32(${t}u * p.sw) + dx${m});
+        var at_x${t}_${m} = (x${m} + xx${t}_${m}) * ct4 + ch${m};
+//#end
+//#end
         for (var q0 = 0u; q0 < p.q; q0 += 4u) {
-            let pixel0 = line * p.q + q0;
+            let pixel0 = row0 + q0;
             var d: array<vec4<f32>, CO>;
 //#for u CO
             {
                 let t = (${u}u * 8u + l) / CQ;
-                let ok = q0 + t < p.q && pixel0 + t < p.pixels;
-                let kq = min(quad0 + (${u}u * 8u + l) % CQ, k4 - 1u);
-                d[${u}] = select(vec4(0.0), w[select(0u, (pixel0 + t) * kt4 + group * k4 + kq, ok)], ok);
+                d[${u}] = select(vec4(0.0), w[at${u}], q0 + t < p.q && pixel0 + t < p.pixels);
+                at${u} += 4u * kt4;
             }
 //#end
 //#for t 4
 //#for m NC
-            let xx${t}_${m} = u32(i32((q0 + ${t}u) * p.sw) + dx${m});
             let ok${t}_${m} = in${m} && xx${t}_${m} < p.w && q0 + ${t}u < p.q && pixel0 + ${t}u < p.pixels;
-            let v${t}_${m} = select(vec4(0.0), x[select(0u, (x${m} + xx${t}_${m}) * ct4 + ch${m}, ok${t}_${m})], ok${t}_${m});
+            let v${t}_${m} = select(vec4(0.0), x[at_x${t}_${m}], ok${t}_${m});
+            xx${t}_${m} += 4u * p.sw;
+            at_x${t}_${m} += 4u * p.sw * ct4;
 //#end
 //#end
             // Four pixels to a sum, so that it is fetched from the stack once for four multiply-adds.
