@@ -133,6 +133,12 @@ impl Experiment {
         self.seeds = small.seeds.unwrap_or(self.seeds);
         self.analyses = small.analyses.unwrap_or(self.analyses);
         self.title += " (small setting)";
+        let said = |key| self.base.get(key).map(|v| v.to_string().replace('"', ""));
+        if let (Some(data), Some(epochs)) = (said("data"), said("epochs")) {
+            self.question += &format!(
+                " Here only for a first look, with small networks on {data} for {epochs} epochs."
+            );
+        }
         self
     }
 

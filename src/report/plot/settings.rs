@@ -58,7 +58,8 @@ pub fn dots(title: &str, x_title: &str, bounds: (f64, f64), settings: &[Setting]
     draw(title, WIDTH, (end + 48.0) as u32, |root| {
         let grid = INK.mix(0.12).stroke_width(z(1.0) as u32);
         let decimals = (-step.log10().floor()).clamp(0.0, 4.0) as usize;
-        let mut tick = (low / step).ceil() * step;
+        // Minus zero would be printed as such.
+        let mut tick = (low / step).ceil() * step + 0.0;
         while tick <= high + 1e-9 {
             let x = at(tick);
             root.draw(&PathElement::new(
