@@ -9,6 +9,7 @@
 // speed is a loop that the compiler cannot unroll, over registers that move up: each load or store costs it 2 ms.
 
 //#include "math.wgsl"
+//#include "lanes.wgsl"
 
 //#const D4 16
 //#const QG 4
@@ -64,14 +65,7 @@ fn by_head(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: v
 //#for u KO
 //#for i 2
                     {
-                        let r0 = subgroupBroadcast(b${u}, ${i}u * 4u);
-                        let r1 = subgroupBroadcast(b${u}, ${i}u * 4u + 1u);
-                        let r2 = subgroupBroadcast(b${u}, ${i}u * 4u + 2u);
-                        let r3 = subgroupBroadcast(b${u}, ${i}u * 4u + 3u);
-                        let bx = vec4(r0.x, r1.x, r2.x, r3.x);
-                        let by = vec4(r0.y, r1.y, r2.y, r3.y);
-                        let bz = vec4(r0.z, r1.z, r2.z, r3.z);
-                        let bw = vec4(r0.w, r1.w, r2.w, r3.w);
+//#call columns b${u} ${i}u * 4u
 //#for g QG
                         ${sum}[${g}u * KQ + ${u}u * 2u + ${i}u] = fma(vec4(a${g}.x), bx, fma(vec4(a${g}.y), by,
                             fma(vec4(a${g}.z), bz, fma(vec4(a${g}.w), bw, ${sum}[${g}u * KQ + ${u}u * 2u + ${i}u]))));

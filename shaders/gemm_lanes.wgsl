@@ -8,6 +8,7 @@
 
 //#include "math.wgsl"
 //#include "gemm.wgsl"
+//#include "lanes.wgsl"
 
 //#const RG 4
 //#const CQ 8
@@ -64,14 +65,7 @@ fn fprop(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: vec
 //#for u CO
 //#for i 2
                 {
-                    let q0 = subgroupBroadcast(b${u}, ${i}u * 4u);
-                    let q1 = subgroupBroadcast(b${u}, ${i}u * 4u + 1u);
-                    let q2 = subgroupBroadcast(b${u}, ${i}u * 4u + 2u);
-                    let q3 = subgroupBroadcast(b${u}, ${i}u * 4u + 3u);
-                    let bx = vec4(q0.x, q1.x, q2.x, q3.x);
-                    let by = vec4(q0.y, q1.y, q2.y, q3.y);
-                    let bz = vec4(q0.z, q1.z, q2.z, q3.z);
-                    let bw = vec4(q0.w, q1.w, q2.w, q3.w);
+//#call columns b${u} ${i}u * 4u
 //#for g RG
                     acc[${g}u * CQ + ${u}u * 2u + ${i}u] = fma(vec4(a${g}.x), bx, fma(vec4(a${g}.y), by,
                         fma(vec4(a${g}.z), bz, fma(vec4(a${g}.w), bw, acc[${g}u * CQ + ${u}u * 2u + ${i}u]))));

@@ -43,10 +43,9 @@ pub fn rivals() -> &'static [Rival] {
 }
 
 fn by_gemm(p: &Product, a: &[f32], b: &[f32], c: &mut [f32]) {
-    assert!(p.fits(a.len(), b.len(), c.len()));
     let stride = |s: usize| s as isize;
     let threads = gemm::Parallelism::Rayon(rayon::current_num_threads());
-    // SAFETY: the strides stay inside the slices, as just asserted; c is written whole and not read.
+    // SAFETY: the strides stay inside the slices, as `Rival::multiply` asserted; c is written whole and not read.
     unsafe {
         gemm::gemm(
             p.m,
@@ -86,10 +85,11 @@ fn leading(p: &Product) -> [usize; 2] {
     [if p.ta { p.m } else { p.k }, if p.tb { p.k } else { p.n }]
 }
 
-fn set_openmp_threads(library: &Library) {
-    // SAFETY: the OpenMP runtime's function, found through the library that needs it; its type is OpenMP's.
+/// As many threads as this program has, by the library's own function for it.
+fn set_threads(library: &Library, function: &str) {
+    // SAFETY: of OpenMP and of every BLAS here, it takes an int; dlsym also finds what the library itself needs.
     unsafe {
-        if let Ok(set) = library.get::<unsafe extern "C" fn(c_int)>(b"omp_set_num_threads") {
+        if let Ok(set) = library.get::<unsafe extern "C" fn(c_int)>(function.as_bytes()) {
             set(rayon::current_num_threads() as c_int);
         }
     }
@@ -112,15 +112,14 @@ fn onednn() -> Option<Rival> {
         i64,
     ) -> c_int;
     let library = load(&["libdnnl.so.3", "libdnnl.so.2", "libdnnl.so", "dnnl.dll"])?;
-    set_openmp_threads(library);
+    set_threads(library, "omp_set_num_threads");
     // SAFETY: the type is that of dnnl.h.
     let sgemm: Sgemm = unsafe { *library.get(b"dnnl_sgemm").ok()? };
     let multiply = move |p: &Product, a: &[f32], b: &[f32], c: &mut [f32]| {
-        assert!(p.fits(a.len(), b.len(), c.len()));
         let letter = |t: bool| if t { b'T' } else { b'N' } as c_char;
         let [lda, ldb] = leading(p);
         let [m, n, k, lda, ldb] = [p.m, p.n, p.k, lda, ldb].map(|v| v as i64);
-        // SAFETY: row-major matrices inside the slices, as just asserted.
+        // SAFETY: row-major matrices inside the slices, as `Rival::multiply` asserted.
         unsafe {
             sgemm(
                 letter(p.ta),
@@ -183,19 +182,14 @@ fn blas(name: &'static str, files: &[&str], threads: &str) -> Option<Rival> {
     );
     const ROW_MAJOR: c_int = 101;
     let library = load(files)?;
-    // SAFETY: the types are those of cblas.h and of each library's own header.
-    let sgemm: Sgemm = unsafe {
-        if let Ok(set) = library.get::<unsafe extern "C" fn(c_int)>(threads.as_bytes()) {
-            set(rayon::current_num_threads() as c_int);
-        }
-        *library.get(b"cblas_sgemm").ok()?
-    };
+    set_threads(library, threads);
+    // SAFETY: the type is that of cblas.h.
+    let sgemm: Sgemm = unsafe { *library.get(b"cblas_sgemm").ok()? };
     let multiply = move |p: &Product, a: &[f32], b: &[f32], c: &mut [f32]| {
-        assert!(p.fits(a.len(), b.len(), c.len()));
         let code = |t: bool| if t { 112 } else { 111 };
         let [lda, ldb] = leading(p);
         let [m, n, k, lda, ldb] = [p.m, p.n, p.k, lda, ldb].map(|v| v as c_int);
-        // SAFETY: row-major matrices inside the slices, as just asserted.
+        // SAFETY: row-major matrices inside the slices, as `Rival::multiply` asserted.
         unsafe {
             sgemm(
                 ROW_MAJOR,
@@ -222,6 +216,11 @@ fn blas(name: &'static str, files: &[&str], threads: &str) -> Option<Rival> {
 }
 
 impl Rival {
+    fn multiply(&self, p: &Product, a: &[f32], b: &[f32], c: &mut [f32]) {
+        assert!(p.fits(a.len(), b.len(), c.len()));
+        (self.multiply)(p, a, b, c);
+    }
+
     /// Times the product of random matrices, after a look at some of its results; `hot`: on the same memory each time.
     ///
     /// # Errors
@@ -238,7 +237,7 @@ impl Rival {
         let mut sets = vec![(a, b, vec![f32::NAN; lc]); copies];
         let error = {
             let (a, b, c) = &mut sets[0];
-            (self.multiply)(p, a, b, c);
+            self.multiply(p, a, b, c);
             p.error(a, b, c)
         };
         if error.is_nan() || error > 1.0 {
@@ -251,7 +250,7 @@ impl Rival {
         let sample = measure(limits, || {
             turn = (turn + 1) % copies;
             let (a, b, c) = &mut sets[turn];
-            (self.multiply)(p, a, b, c);
+            self.multiply(p, a, b, c);
             Ok(())
         })?;
         Ok((error, sample))
