@@ -66,6 +66,15 @@ copy(unsigned n, const float4* __restrict__ x, float4* __restrict__ y) {
     if (i < n) y[i] = x[i];
 }
 
+// x *= 0.999 in place, 16 bytes a thread
+extern "C" __global__ void __launch_bounds__(256)
+update(unsigned n, float4* __restrict__ x) {
+    const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= n) return;
+    const float4 v = x[i];
+    x[i] = make_float4(v.x * 0.999f, v.y * 0.999f, v.z * 0.999f, v.w * 0.999f);
+}
+
 // y[i] = the sum of x[i], x[i + n], .. x[i + 63 n]
 extern "C" __global__ void __launch_bounds__(256)
 sum_runs(unsigned n, const float* __restrict__ x, float* __restrict__ y) {

@@ -46,6 +46,13 @@ fn copy(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: vec3
     if i < p.n { y4[i] = x4[i]; }
 }
 
+// x *= 0.999 in place, four floats an invocation
+@compute @workgroup_size(64)
+fn update(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: vec3<u32>) {
+    let i = index(l, wg);
+    if i < p.n { x4[i] *= 0.999; }
+}
+
 // y[i] = the sum of x[i], x[i + n], .. x[i + 63 n]
 @compute @workgroup_size(64)
 fn sum_runs(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: vec3<u32>) {

@@ -25,8 +25,8 @@ use std::time::Duration;
 pub struct Ceilings {
     /// Multiply-adds in registers, as FLOP/s: float32, or on tensor cores where the backend's precision is less.
     pub flops: f64,
-    /// `[bytes touched, bytes/s]`, the better of copying and reading, repeated over the same memory: a small amount
-    /// stays in a cache. By rising amount.
+    /// `[bytes touched, bytes/s]`, the best of copying, reading and changing in place, repeated over the same memory: a
+    /// small amount stays in a cache. By rising amount.
     pub bandwidth: Vec<[f64; 2]>,
     /// Seconds of a run that does next to nothing.
     pub launch: f64,
@@ -168,19 +168,28 @@ fn measure_once(backend: &dyn Backend) -> Result<Ceilings> {
     let flops = peak(backend, 0.03, 5)?;
     let mut bandwidth = vec![];
     for shift in (16..=28).step_by(2) {
-        let copied = 1usize << (shift - 3);
+        let both = 1usize << (shift - 3);
         // One binding is 128 MiB at most by WebGPU's default limits.
         let read = 1usize << (shift - 2).min(25);
         let repeats = (1usize << 27 >> shift).clamp(3, 50);
-        let copy = (8 * copied) as f64 / best(backend, Stream { copy: true }, copied, repeats)?;
-        let read = (4 * read) as f64 / best(backend, Stream { copy: false }, read, repeats)?;
-        bandwidth.push([(1u64 << shift) as f64, copy.max(read)]);
+        let rate = |pass, n, bytes: usize| -> Result<f64> {
+            Ok((bytes * n) as f64 / best(backend, pass, n, repeats)?)
+        };
+        let rates = [
+            rate(Stream::Copy, both, 8)?,
+            rate(Stream::Sum, read, 4)?,
+            rate(Stream::Update, both, 8)?,
+        ];
+        bandwidth.push([
+            (1u64 << shift) as f64,
+            rates.into_iter().fold(0.0, f64::max),
+        ]);
     }
     // More memory is never faster; where it seems so, the smaller amount was held up by the start of the run.
     for i in (0..bandwidth.len() - 1).rev() {
         bandwidth[i][1] = f64::max(bandwidth[i][1], bandwidth[i + 1][1]);
     }
-    let launch = best(backend, Stream { copy: true }, 64, 30)?;
+    let launch = best(backend, Stream::Copy, 64, 30)?;
     Ok(Ceilings {
         flops,
         bandwidth,
@@ -415,10 +424,15 @@ unsafe fn chains<S: Simd>(rounds: usize, lanes: *mut f32) {
     }
 }
 
-/// One pass over memory: a copy, or a sum per [`RUN`] elements.
-#[derive(Clone, Copy, Debug)]
-struct Stream {
-    copy: bool,
+/// One pass over memory.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Stream {
+    /// Every element to another place.
+    Copy,
+    /// A sum per [`RUN`] elements: reads.
+    Sum,
+    /// Every element changed in place: unlike a copy, what is written was read before and need not be fetched for it.
+    Update,
 }
 
 /// Elements that a sum of [`Stream`] reads.
@@ -431,24 +445,35 @@ impl Op for Stream {
         ensure!(x.len() == 1, "takes one operand");
         let n = x[0].len();
         ensure!(n.is_multiple_of(RUN), "takes a multiple of {RUN} elements");
-        Ok(vec![Spec::f32([if self.copy { n } else { n / RUN }])])
+        Ok(vec![Spec::f32([if *self == Stream::Sum {
+            n / RUN
+        } else {
+            n
+        }])])
+    }
+
+    fn updates(&self) -> &'static [(usize, usize)] {
+        match self {
+            Stream::Update => &[(0, 0)],
+            _ => &[],
+        }
     }
 
     fn reference(&self, x: &[&Host], y: &mut [Host]) {
-        if self.copy {
-            y[0].data.copy_from_slice(&x[0].data);
-            return;
-        }
         let n = y[0].data.len();
         for (i, y) in y[0].data.iter_mut().enumerate() {
-            *y = (0..RUN).map(|k| x[0].data[k * n + i]).sum();
+            *y = match self {
+                Stream::Copy => x[0].data[i],
+                Stream::Sum => (0..RUN).map(|k| x[0].data[k * n + i]).sum(),
+                Stream::Update => x[0].data[i] * f64::from(FACTOR),
+            };
         }
     }
 
     fn cpu(&self, _cx: &mut CpuCx) -> Result<CpuKernel> {
-        let copy = self.copy;
+        let pass = *self;
         Ok(Box::new(move |a| {
-            let (x, out) = (a.x(0), a.y(0));
+            let out = a.y(0);
             let n = out.len();
             let y = par::SharedMut::new(out);
             let threads = rayon::current_num_threads();
@@ -458,23 +483,28 @@ impl Op for Stream {
                 let len = chunk.min(n - from);
                 // SAFETY: each task has elements of its own.
                 let y = unsafe { y.slice(from, len) };
-                if copy {
-                    y.copy_from_slice(&x[from..from + len]);
-                } else {
-                    sum_runs(n, from, x, y);
+                match pass {
+                    Stream::Copy => y.copy_from_slice(&a.x(0)[from..from + len]),
+                    Stream::Sum => sum_runs(n, from, a.x(0), y),
+                    Stream::Update => y.iter_mut().for_each(|y| *y *= FACTOR),
                 }
             });
         }))
     }
 
     fn wgpu(&self, cx: &mut WgpuCx) -> Result<()> {
-        let n = cx.y[0].len() / if self.copy { 4 } else { 1 };
+        let (entry, per) = self.kernel();
+        let n = cx.y[0].len() / per;
         let groups = fold(n, 64);
+        let mut args = vec![Arg::In(0), Arg::Out(0)];
+        if *self == Stream::Update {
+            args.pop();
+        }
         cx.launch(Launch {
             shader: "ceiling.wgsl",
-            entry: if self.copy { "copy" } else { "sum_runs" },
+            entry,
             consts: vec![],
-            args: vec![Arg::In(0), Arg::Out(0)],
+            args,
             params: vec![n as u32, groups[0], 0],
             groups,
         })
@@ -482,19 +512,22 @@ impl Op for Stream {
 
     fn cuda(&self, cx: &mut CudaCx) -> Result<()> {
         use cuda::Arg;
-        let (entry, per) = if self.copy {
-            ("copy", 4)
-        } else {
-            ("sum_runs", 1)
-        };
+        let (entry, per) = self.kernel();
+        let n = cx.y[0].len() / per;
         let args = [Arg::In(0), Arg::Out(0)];
-        cx.items(
-            ("ceiling.cu", entry),
-            vec![],
-            cx.y[0].len() / per,
-            256,
-            &args,
-        )
+        let args = &args[usize::from(*self == Stream::Update)..];
+        cx.items(("ceiling.cu", entry), vec![], n, 256, args)
+    }
+}
+
+impl Stream {
+    /// The kernel's name, and results per thread.
+    fn kernel(self) -> (&'static str, usize) {
+        match self {
+            Stream::Copy => ("copy", 4),
+            Stream::Sum => ("sum_runs", 1),
+            Stream::Update => ("update", 4),
+        }
     }
 }
 
@@ -563,8 +596,9 @@ mod tests {
         for name in names {
             let backend = crate::backend::open(name).unwrap();
             follows(backend.as_ref(), FmaChains { rounds: 3 }, 100);
-            follows(backend.as_ref(), Stream { copy: true }, 640);
-            follows(backend.as_ref(), Stream { copy: false }, 64 * 70);
+            follows(backend.as_ref(), Stream::Copy, 640);
+            follows(backend.as_ref(), Stream::Sum, 64 * 70);
+            follows(backend.as_ref(), Stream::Update, 640);
         }
     }
 

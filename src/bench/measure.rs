@@ -9,12 +9,23 @@ use std::time::{Duration, Instant};
 pub struct Limits {
     /// Runs before the first that counts.
     pub warm_up: usize,
-    /// Runs that count, at least.
+    /// Runs that count, at least; three where they take more than three times `time`.
     pub min_runs: usize,
     /// The interval of the median is narrow enough at this share of the median, either side.
     pub precision: f64,
     /// Runs end after this time, narrow or not (but not before `min_runs`).
     pub time: Duration,
+}
+
+impl Limits {
+    /// Whether `times` in seconds of runs that began `since` ago are enough.
+    pub fn enough(&self, times: &[f64], since: Duration) -> bool {
+        const FEW: usize = 3;
+        let long = times.len() >= FEW && since >= 3 * self.time;
+        let many = times.len() >= self.min_runs.max(1);
+        let narrow = || Sample::of(times.to_vec()).spread() <= self.precision;
+        many && (since >= self.time || narrow()) || long && self.time > Duration::ZERO
+    }
 }
 
 impl Default for Limits {
@@ -93,12 +104,8 @@ pub fn measure(limits: Limits, mut run: impl FnMut() -> Result<()>) -> Result<Sa
         let clock = Instant::now();
         run()?;
         times.push(clock.elapsed().as_secs_f64());
-        if times.len() < limits.min_runs.max(1) {
-            continue;
-        }
-        let sample = Sample::of(times.clone());
-        if sample.spread() <= limits.precision || begin.elapsed() >= limits.time {
-            return Ok(sample);
+        if limits.enough(&times, begin.elapsed()) {
+            return Ok(Sample::of(times));
         }
     }
 }

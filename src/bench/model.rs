@@ -473,20 +473,19 @@ pub fn measure_step(
     step.run()?;
     let first = clock.elapsed().as_secs_f64();
     let peak_rss = peak_rss();
+    // The first step is a warm-up too, and enough where steps are long.
     for _ in 1..limits.warm_up {
-        step.run()?;
+        if first < limits.time.as_secs_f64() {
+            step.run()?;
+        }
     }
     let before = present_share(backend, ceilings)?;
     let begin = Instant::now();
     let mut times = Times::default();
     let sample = loop {
         times.take(&mut step)?;
-        if times.step.len() < limits.min_runs {
-            continue;
-        }
-        let sample = Sample::of(times.step.clone());
-        if sample.spread() <= limits.precision || begin.elapsed() >= limits.time {
-            break sample;
+        if limits.enough(&times.step, begin.elapsed()) {
+            break Sample::of(times.step.clone());
         }
     };
     let mut report = StepReport {
