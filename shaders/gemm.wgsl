@@ -18,6 +18,9 @@ struct Params {
     k_tiles: u32,   // wgrad: tiles of K
     part0: u32,     // wgrad: index of this launch's first partial result
     eights: u32, quads: u32, // lanes: the register tile, RG and CQ, where a loop is not to be unrolled
+    // lanes, wgrad: how far apart panels and pixels of x and dy are, in vec4s
+    x_panel: u32, x_pixel: u32,
+    dy_panel: u32, dy_pixel: u32,
 }
 @group(0) @binding(0) var<uniform> p: Params;
 

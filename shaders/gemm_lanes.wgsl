@@ -186,15 +186,30 @@ fn dgrad(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: vec
     }
 }
 
+// Where column `quad` begins in panels of `width` that lie `stride` apart.
+fn in_panels(quad: u32, width: u32, stride: u32) -> u32 {
+    return quad / width * stride + quad % width;
+}
+
+// w = x [pixels, width] by panels, [width / panel, pixels, panel], with zeros behind the last column. (p.c is the width,
+// p.k the panel, p.n the vec4s of w.) A tile of wgrad reads a panel across many pixels: 128 bytes each, from as many
+// pages and, where the width is a power of two, from few sets of a CPU's first cache, unless they are brought together.
+@compute @workgroup_size(64)
+fn panels(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: vec3<u32>) {
+    let i = row_tile(wg) * 64u + l;
+    if i >= p.n { return; }
+    let line = i / p.k;
+    let column = line / p.pixels * p.k + i % p.k;
+    w[i] = select(vec4(0.0), x[line % p.pixels * p.c + min(column, p.c - 1u)], column < p.c);
+}
+
 // dw of CQ * 4 output channels by RG / 4 * 32 (tap, channel) columns, over one split of the output lines (n, p).
 // x is x, w is dy, y the partial results [split, K, R, S, C].
 //#const NC 1
 @compute @workgroup_size(8)
 fn wgrad(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: vec3<u32>) {
     let c4 = p.c / 4u;
-    let ct4 = p.ct / 4u;
     let k4 = p.k / 4u;
-    let kt4 = p.kt / 4u;
     let group = wg.y / p.k_tiles;
     let quad0 = (wg.y % p.k_tiles) * CQ;
     let columns = p.r * p.s * c4;
@@ -204,7 +219,7 @@ fn wgrad(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: vec
     let tap${m} = col${m} / c4;
     let dy${m} = i32(tap${m} / p.s) - i32(p.ph);
     let dx${m} = i32(tap${m} % p.s) - i32(p.pw);
-    let ch${m} = group * c4 + col${m} % c4;
+    let ch${m} = in_panels(group * c4 + col${m} % c4, 8u, p.x_panel);
     let real${m} = col${m} < columns;
 //#end
     let lines = p.n * p.p;
@@ -221,12 +236,13 @@ fn wgrad(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: vec
         // is) and not used.
         let row0 = line * p.q;
 //#for u CO
-        var at${u} = (row0 + (${u}u * 8u + l) / CQ) * kt4 + group * k4 + min(quad0 + (${u}u * 8u + l) % CQ, k4 - 1u);
+        var at${u} = (row0 + (${u}u * 8u + l) / CQ) * p.dy_pixel
+            + in_panels(group * k4 + min(quad0 + (${u}u * 8u + l) % CQ, k4 - 1u), CQ, p.dy_panel);
 //#end
 //#for t 4
 //#for m NC
         var xx${t}_${m} = u32(i32(${t}u * p.sw) + dx${m});
-        var at_x${t}_${m} = (x${m} + xx${t}_${m}) * ct4 + ch${m};
+        var at_x${t}_${m} = (x${m} + xx${t}_${m}) * p.x_pixel + ch${m};
 //#end
 //#end
         for (var q0 = 0u; q0 < p.q; q0 += 4u) {
@@ -236,7 +252,7 @@ fn wgrad(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: vec
             {
                 let t = (${u}u * 8u + l) / CQ;
                 d[${u}] = select(vec4(0.0), w[at${u}], q0 + t < p.q && pixel0 + t < p.pixels);
-                at${u} += 4u * kt4;
+                at${u} += 4u * p.dy_pixel;
             }
 //#end
 //#for t 4
@@ -244,7 +260,7 @@ fn wgrad(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: vec
             let ok${t}_${m} = in${m} && xx${t}_${m} < p.w && q0 + ${t}u < p.q && pixel0 + ${t}u < p.pixels;
             let v${t}_${m} = select(vec4(0.0), x[at_x${t}_${m}], ok${t}_${m});
             xx${t}_${m} += 4u * p.sw;
-            at_x${t}_${m} += 4u * p.sw * ct4;
+            at_x${t}_${m} += 4u * p.sw * p.x_pixel;
 //#end
 //#end
             // Four pixels to a sum, so that it is fetched from the stack once for four multiply-adds.

@@ -450,7 +450,7 @@ impl Op for LinearWgrad {
     }
 
     fn wgpu_variants(&self) -> &'static [&'static str] {
-        wgpu::VARIANTS
+        wgpu::WGRAD_VARIANTS
     }
 
     fn cuda_variants(&self) -> &'static [&'static str] {

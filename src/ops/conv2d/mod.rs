@@ -500,7 +500,7 @@ impl Op for Conv2dWgrad {
     }
 
     fn wgpu_variants(&self) -> &'static [&'static str] {
-        wgpu::VARIANTS
+        wgpu::WGRAD_VARIANTS
     }
 
     fn cuda_variants(&self) -> &'static [&'static str] {

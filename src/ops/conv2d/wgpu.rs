@@ -10,6 +10,9 @@ use crate::{Error, Result};
 /// Names of the kernel variants; the first stands for the rule in `lanes`.
 pub const VARIANTS: &[&str] = &["auto", "lanes", "tile"];
 
+/// Those of wgrad; `panels`: lanes, with operands brought together first.
+pub const WGRAD_VARIANTS: &[&str] = &["auto", "lanes", "tile", "panels"];
+
 /// What happens to a sum before it is stored.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Epilogue {
@@ -27,7 +30,7 @@ pub struct Epilogue {
 fn lanes(cx: &WgpuCx, fits: bool) -> Result<bool> {
     match cx.variant {
         Some("tile") => Ok(false),
-        Some("lanes") if !(cx.traits.lanes8() && fits) => Err(Error::input(
+        Some("lanes" | "panels") if !(cx.traits.lanes8() && fits) => Err(Error::input(
             "the lanes kernel wants an adapter with subgroups of 8, and the channels of each group in fours",
         )),
         _ => Ok(cx.traits.lanes8() && fits),
@@ -72,6 +75,10 @@ struct Block {
     part0: u32,
     eights: u32,
     quads: u32,
+    x_panel: u32,
+    x_pixel: u32,
+    dy_panel: u32,
+    dy_pixel: u32,
 }
 
 impl Block {
@@ -186,6 +193,58 @@ fn computed(s: &ConvShape, lanes: bool) -> ConvShape {
 /// Whether the lane kernels take `s`: its channels in fours, or padded to that.
 fn fits(s: &ConvShape) -> bool {
     s.groups == 1 || s.cg().is_multiple_of(4) && s.kg().is_multiple_of(4)
+}
+
+/// Room for an operand of wgrad by panels of so many quads, as shaders/gemm_lanes.wgsl has them; none where it stays as
+/// it is.
+#[derive(Clone, Copy)]
+struct Panels(Option<Arg>, usize);
+
+impl Panels {
+    /// Bytes of both operands from which on it pays to bring them together (found by trying: half the time from 6 MB on,
+    /// a tenth more below 5 MB; the second-level TLB of the CPU that it was tried on reaches 8 MB).
+    const LEAST: usize = 5 << 20;
+    /// The same for how often an operand is read times its width in elements: few reads of few panels do not pay.
+    const LEAST_READ: usize = 1024;
+
+    fn new(cx: &mut WgpuCx, wanted: bool, pixels: usize, width: usize, quads: usize) -> Self {
+        let elements = pixels * width.next_multiple_of(4 * quads);
+        let wanted = wanted && elements <= cx.max_elements();
+        Panels(wanted.then(|| Arg::Work(cx.workspace(elements))), quads)
+    }
+
+    /// `x` `[pixels, width]` as the kernel is to read it, and the strides of panel and pixel in quads.
+    fn bring(
+        self,
+        cx: &mut WgpuCx,
+        x: Arg,
+        pixels: usize,
+        width: usize,
+    ) -> Result<(Arg, [u32; 2])> {
+        let Panels(room, quads) = self;
+        let Some(room) = room else {
+            return Ok((x, [quads, width / 4].map(|v| v as u32)));
+        };
+        let n = pixels * width.div_ceil(4 * quads) * quads;
+        let groups = fold(n, 64);
+        let block = Block {
+            n: n as u32,
+            groups_x: groups[0],
+            pixels: pixels as u32,
+            c: (width / 4) as u32,
+            k: quads as u32,
+            ..Block::default()
+        };
+        cx.launch(Launch {
+            shader: "gemm_lanes.wgsl",
+            entry: "panels",
+            consts: vec![],
+            args: vec![x, room],
+            params: block.words(),
+            groups,
+        })?;
+        Ok((room, [pixels * quads, quads].map(|v| v as u32)))
+    }
 }
 
 /// `y = act(x * w + bias + addend)`.
@@ -401,7 +460,18 @@ pub fn wgrad(cx: &mut WgpuCx, s: &ConvShape, x: Arg, dy: Arg, dw: Arg) -> Result
         Arg::Work(cx.workspace(parts * s.k * columns))
     };
     let xp = pad.then(|| Arg::Work(cx.workspace(chunks[0].1 * pixels_in * s.c)));
-    let dyp = (s.k != real.k).then(|| Arg::Work(cx.workspace(chunks[0].1 * pixels_out * s.k)));
+    let most = chunks[0].1;
+    let dyp = (s.k != real.k).then(|| Arg::Work(cx.workspace(most * pixels_out * s.k)));
+    let apart = 4 * most * (pixels_in * s.c + pixels_out * s.k) >= Panels::LEAST;
+    let variant = cx.variant;
+    let pays = |readers: usize, width: usize| match variant {
+        Some(name) => name == "panels",
+        None => lanes && apart && readers * width >= Panels::LEAST_READ,
+    };
+    let wanted = pays(k_tiles * s.r * s.s, s.c);
+    let x_panels = Panels::new(cx, wanted, most * pixels_in, s.c, 8);
+    let wanted = pays(column_tiles, s.k);
+    let dy_panels = Panels::new(cx, wanted, most * pixels_out, s.k, k_tile / 4);
     let mut part0 = 0;
     for (n0, n) in chunks {
         let mut x = cut(x, whole, n0 * pixels_in * real.c, n * pixels_in * real.c);
@@ -424,6 +494,15 @@ pub fn wgrad(cx: &mut WgpuCx, s: &ConvShape, x: Arg, dy: Arg, dw: Arg) -> Result
                 ..block
             };
         }
+        let (x, [x_panel, x_pixel]) = x_panels.bring(cx, x, n * pixels_in, s.c)?;
+        let (dy, [dy_panel, dy_pixel]) = dy_panels.bring(cx, dy, n * pixels_out, s.k)?;
+        block = Block {
+            x_panel,
+            x_pixel,
+            dy_panel,
+            dy_pixel,
+            ..block
+        };
         block.pixels = (n * pixels_out) as u32;
         block.per_split = per_split as u32;
         block.k_tiles = k_tiles as u32;
