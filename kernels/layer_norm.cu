@@ -67,7 +67,12 @@ layer_norm(unsigned rows, unsigned items, const float* __restrict__ x, const flo
 // With g = dy * gamma and h = (x - mean) * rstd: dx = rstd * (g - mean(g) - h * mean(g h)) (+ old). A block walks over
 // rows with a stride of the grid, so that each thread adds up dgamma and dbeta of its own channels in registers; the
 // block's warps are then added in order into part_gamma, part_beta [gridDim.x, C].
-extern "C" __global__ void __launch_bounds__(THREADS)
+//
+// BWD_BLOCKS of a multiprocessor leave registers for all of it: asked for no number, the compiler fits short rows into 32
+// registers, for two blocks more, and spills.
+constexpr int BWD_BLOCKS = ITEMS == 1 ? 6 : ITEMS <= 6 ? 2 : 1;
+
+extern "C" __global__ void __launch_bounds__(THREADS, BWD_BLOCKS)
 layer_norm_bwd(unsigned rows, unsigned items, const float* __restrict__ dy, const float* __restrict__ x,
                const float* __restrict__ mean, const float* __restrict__ rstd, const float* __restrict__ gamma,
                const float* __restrict__ old, float* __restrict__ dx, float* __restrict__ part_gamma,

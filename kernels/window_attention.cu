@@ -497,7 +497,11 @@ __device__ __forceinline__ void backward(const Map& m, float scale, const float*
     if constexpr (KEYS) F::put_rows<D, VEC>(dv, [&](int r) { return part(2, r); });
 }
 
-extern "C" __global__ void __launch_bounds__(MMA_THREADS)
+// Blocks of a multiprocessor that backward_q asks for: as many as there are registers for without a spill. Left to itself
+// the compiler aims at one more and spills a few. Wide heads take what they need.
+constexpr int BACKWARD_Q_BLOCKS = DP > 32 ? 1 : TOKENS > 64 ? 4 : sizeof(ELEMENT) == 2 ? 6 : 5;
+
+extern "C" __global__ void __launch_bounds__(MMA_THREADS, BACKWARD_Q_BLOCKS)
 backward_q(Map m, float scale, const float* __restrict__ qkv, const float* __restrict__ table, const float* __restrict__ lse,
            const float* __restrict__ dout, const float* __restrict__ delta, float* __restrict__ dqkv) {
     backward<false>(m, scale, qkv, table, lse, dout, delta, dqkv);

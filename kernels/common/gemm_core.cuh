@@ -139,10 +139,11 @@ __device__ __forceinline__ void simt_tile(LA& a, LB& b, const W& work, const Tar
             float fa[TM], fb[TN];
             simt_fragment<BM>(fa, sa.slab[now][k], ty);
             simt_fragment<BN>(fb, sb.slab[now][k], tx);
+            // Columns outermost: values of B are done with one by one, which leaves room for the next ones to be on their way.
 #pragma unroll
-            for (int i = 0; i < TM; ++i)
+            for (int j = 0; j < TN; ++j)
 #pragma unroll
-                for (int j = 0; j < TN; ++j) acc[i][j] = fmaf(fa[i], fb[j], acc[i][j]);
+                for (int i = 0; i < TM; ++i) acc[i][j] = fmaf(fa[i], fb[j], acc[i][j]);
         }
         if (more) sa.store(now ^ 1, a, ra), sb.store(now ^ 1, b, rb);
         __syncthreads();

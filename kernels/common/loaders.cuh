@@ -60,16 +60,19 @@ struct PlainK : S {
     }
 };
 
+// `base` is the thread's own column and `inside` whether there is one: two registers less through the product than
+// column and extent beside the operand's start, which is what a tile of 128 x 128 has left.
 template <class S>
 struct PlainR : S {
     const typename S::T* base;
-    unsigned pitch, row, rows, depth, k0;
+    unsigned pitch, depth, k0;
+    bool inside;
     __device__ PlainR(const typename S::T* base, unsigned pitch, unsigned row0, unsigned rows, unsigned depth)
-        : base(base), pitch(pitch), row(row0 + this->along), rows(rows), depth(depth) {}
+        : base(base + row0 + this->along), pitch(pitch), depth(depth), inside(row0 + this->along < rows) {}
     __device__ void slab(unsigned start) { k0 = start; }
     __device__ const typename S::T* at(int i) const {
         const unsigned k = k0 + this->line(i);
-        return row < rows && k < depth ? base + size_t(k) * pitch + row : nullptr;
+        return inside && k < depth ? base + size_t(k) * pitch : nullptr;
     }
 };
 
