@@ -118,6 +118,39 @@ fn what_is_done_is_kept_shards_add_up_and_a_changed_setting_is_refused() {
 }
 
 #[test]
+fn runs_at_once_end_as_runs_one_after_the_other() {
+    let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let quick = ["--set", "epochs=1", "--set", "limit_train=200"];
+    experiment("layer-drop", one.path(), &quick);
+    experiment(
+        "layer-drop",
+        two.path(),
+        &[&quick[..], &["--jobs", "3"]].concat(),
+    );
+    let weights = |dir: &Path| {
+        let mut all: Vec<_> = std::fs::read_dir(dir)
+            .unwrap()
+            .map(|e| e.unwrap().path().join("checkpoints/last.safetensors"))
+            .filter(|p| p.is_file())
+            .map(|p| {
+                (
+                    p.strip_prefix(dir).unwrap().to_owned(),
+                    std::fs::read(&p).unwrap(),
+                )
+            })
+            .collect();
+        all.sort();
+        all
+    };
+    let (a, b) = (weights(one.path()), weights(two.path()));
+    assert_eq!(a.len(), 4);
+    assert!(a == b, "the weights differ");
+
+    let o = run(&["experiment", "layer-drop", "--small", "--jobs", "0"]);
+    assert_eq!(o.status.code(), Some(2));
+}
+
+#[test]
 fn a_dry_run_says_what_it_would_take() {
     let args = [
         "experiment",

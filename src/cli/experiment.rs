@@ -5,12 +5,13 @@ use super::output::{json, note, print};
 use super::train::command_line;
 use clap::Args;
 use serde_json::json;
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use tilewright::experiment::analyses::analyse;
 use tilewright::experiment::estimate::{Source, estimate};
 use tilewright::experiment::matrix::{Experiment, presets};
-use tilewright::experiment::{Shard, collect, report, run};
+use tilewright::experiment::{Runs, Shard, collect, report, run};
 use tilewright::report::table::{Table, duration, si};
 use tilewright::report::write_atomic;
 use tilewright::train::TrainConfig;
@@ -45,6 +46,9 @@ pub struct ExperimentCommand {
     /// Only every N-th run, for several machines: 2/8 is the second of eight
     #[arg(long, value_name = "I/N", default_value = "1/1")]
     shard: Shard,
+    /// Runs under way at once. They share the CPU's threads or the GPU, so that this pays where one run leaves them idle
+    #[arg(long, value_name = "N", default_value = "1")]
+    jobs: NonZeroUsize,
     /// Print the runs with the memory and time that each would take, and do nothing else
     #[arg(long)]
     dry_run: bool,
@@ -70,7 +74,7 @@ impl ExperimentCommand {
             experiment.set(&format!("backend={backend:?}"))?;
         }
         if self.dry_run {
-            return dry_run(g, &experiment);
+            return dry_run(g, &experiment, self.jobs.get());
         }
         let stem = Path::new(name)
             .file_stem()
@@ -83,8 +87,12 @@ impl ExperimentCommand {
             .unwrap_or_else(|| PathBuf::from("runs").join(format!("{stem}{small}")));
         let open = |c: &TrainConfig| g.open_with(&c.backend, &c.precision);
         if self.merge.is_empty() {
-            let stop = super::end_in_order();
-            run(&experiment, &dir, self.shard, open, stop, note)?;
+            let runs = Runs {
+                dir: &dir,
+                shard: self.shard,
+                jobs: self.jobs.get(),
+            };
+            run(&experiment, runs, open, super::end_in_order())?;
         }
         let mut dirs = vec![dir.clone()];
         dirs.extend(self.merge.iter().cloned());
@@ -152,14 +160,16 @@ fn list(g: &Global) -> Result<ExitCode> {
 }
 
 /// Prints every run with what it would take.
-fn dry_run(g: &Global, experiment: &Experiment) -> Result<ExitCode> {
+fn dry_run(g: &Global, experiment: &Experiment, jobs: usize) -> Result<ExitCode> {
     let planned = experiment.planned()?;
     let open = |c: &TrainConfig| g.open_with(&c.backend, &c.precision);
     let estimates = estimate(&planned, open)?;
     let good = || estimates.iter().flatten();
     let known: Vec<f64> = good().filter_map(|e| e.seconds).collect();
     let total: f64 = known.iter().sum();
-    let most = good().map(|e| e.memory).max().unwrap_or(0);
+    let mut memory: Vec<usize> = good().map(|e| e.memory).collect();
+    memory.sort_unstable_by(|a, b| b.cmp(a));
+    let most: usize = memory.iter().take(jobs).sum();
     let both = || planned.iter().zip(&estimates);
     if g.json {
         let rows = both().map(|(p, e)| match e {
@@ -203,7 +213,7 @@ fn dry_run(g: &Global, experiment: &Experiment) -> Result<ExitCode> {
         n => format!(", {n} of them without their data and so without a time"),
     };
     let mut text = format!(
-        "{}\n{} runs{missing}, one after the other: about {}, at most {}B at once\n\n{}\n\
+        "{}\n{} runs{missing}: one after the other about {}; {jobs} at once at most {}B\n\n{}\n\
          time: images of all epochs at the speed of a few steps timed here just now (steps), or, for networks too large to \
          be built for that, their operations at the rate of those steps (FLOPs); loading and augmentation left out\n",
         experiment.title,

@@ -10,6 +10,7 @@ pub mod stats;
 use crate::backend::Backend;
 use crate::report::html::RunReport;
 use crate::report::metrics::EvalReport;
+use crate::report::progress::{named, say};
 use crate::report::runlog::{EpochRow, read_metrics};
 use crate::report::write_atomic;
 use crate::train::TrainConfig;
@@ -18,7 +19,7 @@ use crate::{Error, Result};
 use matrix::{Experiment, Planned};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 /// What is kept of a finished run, `result.json` in its directory.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -132,58 +133,102 @@ impl std::str::FromStr for Shard {
     }
 }
 
-/// Runs what is not finished yet of `experiment` in `dir`, one run after the other; a run that was cut off goes on where it
-/// was. `open` gives the backend of a configuration. Returns how many runs were done now.
+/// Which runs are done, how many at a time, and where.
+#[derive(Clone, Copy, Debug)]
+pub struct Runs<'a> {
+    /// The experiment's directory.
+    pub dir: &'a Path,
+    /// This machine's share.
+    pub shard: Shard,
+    /// Runs under way at once, at least 1.
+    pub jobs: usize,
+}
+
+/// Runs what is not finished yet of `experiment`, in the order of the matrix; a run that was cut off goes on where it
+/// was. `open` gives the backend of a configuration, one to each run. Returns how many runs were done now.
 ///
 /// # Errors
-/// A run fails: those before it stay. A finished run was made with another configuration.
+/// A run fails: those before it stay, and those under way beside it are ended as usual. A finished run was made with
+/// another configuration: found before any is begun.
 pub fn run(
     experiment: &Experiment,
-    dir: &Path,
-    shard: Shard,
-    open: impl Fn(&TrainConfig) -> Result<Box<dyn Backend>>,
+    runs: Runs,
+    open: impl Fn(&TrainConfig) -> Result<Box<dyn Backend>> + Sync,
     stop: &AtomicBool,
-    mut say: impl FnMut(&str),
 ) -> Result<usize> {
+    let Runs { dir, shard, jobs } = runs;
     let all = experiment.planned()?;
     let mine: Vec<&Planned> = all.iter().skip(shard.index).step_by(shard.of).collect();
-    let mut done = 0;
+    let mut open_runs = vec![];
     for (i, planned) in mine.iter().enumerate() {
         let place = dir.join(planned.name());
-        let config = planned.config.to_toml()?;
-        if let Some(before) = Finished::read(&place)? {
-            if before.config != config {
+        match Finished::read(&place)? {
+            None => open_runs.push((i + 1, *planned, place)),
+            Some(before) if before.config == planned.config.to_toml()? => {}
+            Some(_) => {
                 return Err(Error::input(format!(
                     "{} was made with another configuration: give another folder with -o, or remove it",
                     place.display()
                 )));
             }
-            continue;
         }
-        say(&format!(
-            "run {} of {}: {}",
-            i + 1,
-            mine.len(),
-            planned.name()
-        ));
-        let backend = open(&planned.config)?;
-        let how = RunPlace {
-            dir: place.clone(),
-            resume: true,
-            command: format!(
-                "tilewright train -c {}",
-                place.join("config.toml").display()
-            ),
-        };
-        let report = train(&planned.config, backend.as_ref(), &how, stop)
-            .map_err(|e| e.context(planned.name()))?;
-        let finished = Finished::of(planned, config, &report)?;
-        let text =
-            serde_json::to_string_pretty(&finished).map_err(|e| Error::run(e.to_string()))?;
-        write_atomic(&place.join("result.json"), text.as_bytes())?;
-        done += 1;
     }
-    Ok(done)
+    let next = AtomicUsize::new(0);
+    let failed = AtomicBool::new(false);
+    let work = || -> Result<usize> {
+        let mut done = 0;
+        while !failed.load(Ordering::Relaxed) {
+            let Some((number, planned, place)) =
+                open_runs.get(next.fetch_add(1, Ordering::Relaxed))
+            else {
+                break;
+            };
+            let name = planned.name();
+            say(&format!("run {number} of {}: {name}", mine.len()));
+            let run = || run_one(planned, place, &open, stop);
+            let result = if jobs > 1 { named(&name, run) } else { run() };
+            result.map_err(|e| {
+                failed.store(true, Ordering::Relaxed);
+                e.context(name)
+            })?;
+            done += 1;
+        }
+        Ok(done)
+    };
+    if jobs <= 1 {
+        return work();
+    }
+    let results = std::thread::scope(|s| {
+        let workers: Vec<_> = (0..jobs.min(open_runs.len()))
+            .map(|_| s.spawn(work))
+            .collect();
+        let join = |w: std::thread::ScopedJoinHandle<_>| {
+            w.join().unwrap_or_else(|p| std::panic::resume_unwind(p))
+        };
+        workers.into_iter().map(join).collect::<Vec<_>>()
+    });
+    results.into_iter().sum()
+}
+
+fn run_one(
+    planned: &Planned,
+    place: &Path,
+    open: impl Fn(&TrainConfig) -> Result<Box<dyn Backend>>,
+    stop: &AtomicBool,
+) -> Result<()> {
+    let backend = open(&planned.config)?;
+    let how = RunPlace {
+        dir: place.to_path_buf(),
+        resume: true,
+        command: format!(
+            "tilewright train -c {}",
+            place.join("config.toml").display()
+        ),
+    };
+    let report = train(&planned.config, backend.as_ref(), &how, stop)?;
+    let finished = Finished::of(planned, planned.config.to_toml()?, &report)?;
+    let text = serde_json::to_string_pretty(&finished).map_err(|e| Error::run(e.to_string()))?;
+    write_atomic(&place.join("result.json"), text.as_bytes())
 }
 
 /// The finished runs of `experiment` in any of `dirs`, in the order of the matrix, and the names of those that are missing.

@@ -1,12 +1,41 @@
 //! Progress on standard error: a bar in a terminal, a plain line now and then in a log file.
 
 use super::table::{duration, number};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use std::cell::RefCell;
 use std::io::{IsTerminal, Write};
+use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 /// Time between two plain lines where standard error is not a terminal.
 const EVERY: Duration = Duration::from_secs(10);
+
+/// The bars of all threads.
+static SCREEN: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::new);
+
+thread_local! {
+    static NAME: RefCell<String> = const { RefCell::new(String::new()) };
+}
+
+/// Names what `work` reports on this thread: one of several runs under way at once. Every line and bar begins with it.
+pub fn named<T>(name: &str, work: impl FnOnce() -> T) -> T {
+    let before = NAME.replace(format!("{name}: "));
+    let result = work();
+    NAME.set(before);
+    result
+}
+
+fn with_name(line: &str) -> String {
+    NAME.with_borrow(|name| format!("{name}{line}"))
+}
+
+/// Prints a line on standard error, above the bars.
+pub fn say(line: &str) {
+    let line = with_name(line);
+    SCREEN.suspend(|| {
+        let _ = writeln!(std::io::stderr(), "{line}");
+    });
+}
 
 /// Progress over a known number of steps. It writes to standard error alone and never fails a run: what cannot be
 /// written is dropped.
@@ -35,11 +64,11 @@ impl Progress {
         if !std::io::stderr().is_terminal() {
             return Self::lines(label, steps, EVERY, Box::new(std::io::stderr()));
         }
-        let bar = ProgressBar::with_draw_target(Some(steps), ProgressDrawTarget::stderr());
+        let bar = SCREEN.add(ProgressBar::new(steps));
         if let Ok(style) = ProgressStyle::with_template("{prefix} {bar:24} {pos}/{len} {msg}") {
             bar.set_style(style.progress_chars("=> "));
         }
-        bar.set_prefix(label.to_string());
+        bar.set_prefix(with_name(label));
         Self::with_view(label, steps, View::Bar(bar))
     }
 
@@ -58,7 +87,7 @@ impl Progress {
 
     fn with_view(label: &str, steps: u64, view: View) -> Self {
         Progress {
-            label: label.to_string(),
+            label: with_name(label),
             steps,
             done: 0,
             images: 0,
@@ -114,9 +143,9 @@ impl Progress {
     /// Prints a line of its own, above the bar.
     pub fn note(&mut self, line: &str) {
         match &mut self.view {
-            View::Bar(bar) => bar.suspend(|| eprintln!("{line}")),
+            View::Bar(_) => say(line),
             View::Lines { out, .. } => {
-                let _ = writeln!(out, "{line}");
+                let _ = writeln!(out, "{}", with_name(line));
             }
         }
     }
@@ -125,6 +154,7 @@ impl Progress {
     pub fn finish(mut self, summary: &str) {
         if let View::Bar(bar) = &self.view {
             bar.finish_and_clear();
+            SCREEN.remove(bar);
         }
         if !summary.is_empty() {
             self.note(summary);

@@ -8,7 +8,7 @@ use crate::graph::{Mode, Phase};
 use crate::models::session::{load_net, write_parameters};
 use crate::models::thin::Thinned;
 use crate::models::{Model, ModelOptions, head};
-use crate::report::progress::Progress;
+use crate::report::progress::{Progress, say};
 use crate::weights::{FloatFormat, SaveTensor, WeightFile, save};
 use crate::{Error, Result};
 use sha2::{Digest, Sha256};
@@ -50,10 +50,10 @@ impl Frozen<'_> {
         let path = dir.join(format!("{}.safetensors", self.key(images)?));
         let labels = images.split().all_labels();
         if let Some(rows) = read(&path, labels) {
-            eprintln!(
+            say(&format!(
                 "features of the {what} images: kept from before in {}",
                 path.display()
-            );
+            ));
             return Ok(rows);
         }
         std::fs::create_dir_all(&dir).map_err(|e| Error::writing(&dir, e))?;

@@ -16,7 +16,7 @@ use crate::models::head;
 use crate::report::html::{Provenance, RunReport, Sample};
 use crate::report::metrics::Subject;
 use crate::report::plot;
-use crate::report::progress::Progress;
+use crate::report::progress::{Progress, say};
 use crate::report::runlog::{EpochRow, EventLog, MetricsLog, StepEvent, read_metrics};
 use crate::report::{remove_parts, write_atomic};
 use crate::weights::WeightFile;
@@ -86,19 +86,19 @@ pub fn train(
         head_alone,
     };
     let mut program = Program::compile(backend, &job.spec())?;
-    setup.notes.iter().for_each(|n| eprintln!("{n}"));
+    setup.notes.iter().for_each(|n| say(n));
     let (all, trained) = program.params;
-    eprintln!(
+    say(&format!(
         "{}: {all} parameters, {trained} of them trained",
         setup.model.id
-    );
+    ));
     if let Some(saving) = program.recomputed {
-        eprintln!(
+        say(&format!(
             "recomputation: activations take {:.1} MB in place of {:.1} MB, for {:.1} % more work in a step",
             saving.after as f64 / 1e6,
             saving.before as f64 / 1e6,
             100.0 * saving.flops as f64 / (3 * program.flops * config.batch_size as u64) as f64
-        );
+        ));
     }
     let (train, test) = job.subjects(stop)?;
     let feed = train.feed(job.loader())?;
@@ -338,7 +338,7 @@ impl Run {
             let result = parts.evaluator.run(&parts.test, "evaluating", Some(stop))?;
             let top1 = result.evaluation.top1();
             let row = self.row(config, batches, &result, clock.elapsed().as_secs_f64());
-            eprintln!(
+            say(&format!(
                 "epoch {}/{}  train loss {:.4}  top-1 {:.2} %  |  test loss {:.4}  top-1 {:.2} %  |  {:.0} images/s",
                 row.epoch,
                 config.epochs,
@@ -347,7 +347,7 @@ impl Run {
                 row.val_loss,
                 row.val_top1,
                 row.images_per_second
-            );
+            ));
             self.metrics.append(&row)?;
             let better = top1 > self.at.best || self.at.epoch == 0;
             let done = Position {
@@ -373,10 +373,10 @@ impl Run {
             outcome = Some(result);
         }
         if self.at.epoch < config.epochs {
-            eprintln!(
+            say(&format!(
                 "no better top-1 for {} epochs: the run ends early",
                 self.at.stale
-            );
+            ));
         }
         let values = program.values()?;
         if program.head_alone() {
