@@ -40,7 +40,7 @@ pub struct ExperimentCommand {
     /// Where the runs go [default: runs/NAME, or runs/NAME-small]
     #[arg(short, long, value_name = "DIR")]
     output: Option<PathBuf>,
-    /// A setting of every run, over the file's: epochs=5, data=cifar10:DIR; may be given several times
+    /// A setting of every run, over the file's: epochs=5, data=cifar10:DIR, seed=[0,1]; may be given several times
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
     /// Only every N-th run, for several machines: 2/8 is the second of eight
@@ -93,6 +93,12 @@ impl ExperimentCommand {
                 jobs: self.jobs.get(),
             };
             run(&experiment, runs, open, super::end_in_order())?;
+        }
+        if let Some(none) = self.merge.iter().find(|d| !d.is_dir()) {
+            return Err(Error::input(format!(
+                "--merge {}: there is no such folder",
+                none.display()
+            )));
         }
         let mut dirs = vec![dir.clone()];
         dirs.extend(self.merge.iter().cloned());
@@ -212,13 +218,16 @@ fn dry_run(g: &Global, experiment: &Experiment, jobs: usize) -> Result<ExitCode>
         0 => String::new(),
         n => format!(", {n} of them without their data and so without a time"),
     };
+    let takes = match known.is_empty() {
+        true => String::new(),
+        false => format!(", one after the other: about {}", duration(total)),
+    };
     let mut text = format!(
-        "{}\n{} runs{missing}: one after the other about {}; {jobs} at once at most {}B\n\n{}\n\
+        "{}\n{} runs{missing}{takes}; {jobs} at once at most {}B\n\n{}\n\
          time: images of all epochs at the speed of a few steps timed here just now (steps), or, for networks too large to \
          be built for that, their operations at the rate of those steps (FLOPs); loading and augmentation left out\n",
         experiment.title,
         planned.len(),
-        duration(total),
         si(most as f64),
         t.to_text()
     );

@@ -150,10 +150,11 @@ impl Experiment {
         self.analyses.iter().map(Wanted::read).collect()
     }
 
-    /// A setting over everything the file says, `key=value` with a TOML value (or plain text).
+    /// A setting over everything the file says, `key=value` with a TOML value (or plain text). `seed` may be a list: every
+    /// run is made with each.
     ///
     /// # Errors
-    /// There is no `=`.
+    /// There is no `=`, or a seed is not a number.
     pub fn set(&mut self, assignment: &str) -> Result<()> {
         let (key, value) = assignment.split_once('=').ok_or_else(|| {
             Error::input(format!(
@@ -168,8 +169,18 @@ impl Experiment {
         for run in &mut self.runs {
             run.remove(&key);
         }
-        if key == "seed" {
-            self.seeds = value.as_integer().map_or(one_seed(), |s| vec![s as u64]);
+        if key == "seed" || key == "seeds" {
+            let listed = match value {
+                Value::Array(all) => all,
+                one => vec![one],
+            };
+            let number = |v: &Value| u64::try_from(v.as_integer()?).ok();
+            let seeds: Option<Vec<u64>> = listed.iter().map(number).collect();
+            self.seeds = seeds.filter(|s| !s.is_empty()).ok_or_else(|| {
+                Error::input(format!(
+                    "--set {assignment}: give a number, or several as seed=[0,1,2]"
+                ))
+            })?;
         } else {
             self.base.insert(key, value);
         }
@@ -288,6 +299,14 @@ base = { epochs = 1 }
         assert_eq!(all.len(), 2);
         assert_eq!((all[0].config.long_tail, all[0].config.epochs), (0.5, 1));
         assert_eq!(all[1].config.data, "cifar10:some/where");
+        small.set("seed=[7, 9]").unwrap();
+        let all = small.planned().unwrap();
+        assert_eq!((all.len(), all[3].config.seed), (4, 9));
+        small.set("seed=8").unwrap();
+        assert_eq!(small.planned().unwrap()[1].config.seed, 8);
+        for wrong in ["seed=two", "seed=[]", "seed=[1, -1]", "seed=0.5", "seed"] {
+            assert!(small.set(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]
