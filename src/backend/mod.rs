@@ -8,6 +8,7 @@ pub mod wgpu;
 
 use crate::graph::plan::Memory;
 use crate::graph::{Graph, Phase, Spec, Tid};
+use crate::ops::Op;
 use crate::{Error, Result};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -30,10 +31,28 @@ pub struct CompileOptions {
 }
 
 impl CompileOptions {
-    /// The variant that a node is to have; `None` leaves it to the op's rule.
-    pub fn variant(&self, op: &str, x: &[Spec], y: &[Spec]) -> Option<&str> {
-        let named = self.variants.get(op).map(String::as_str);
-        named.or_else(|| self.tuned.as_ref()?.variant(op, x, y))
+    /// The variant that a node is to have on the backend called `backend`; `None` leaves it to the op's rule.
+    ///
+    /// # Errors
+    /// The tuned choice is one that the op does not have.
+    pub fn variant(
+        &self,
+        backend: &str,
+        op: &dyn Op,
+        (x, y): (&[Spec], &[Spec]),
+    ) -> Result<Option<&str>> {
+        if let Some(named) = self.variants.get(op.name()) {
+            return Ok(Some(named));
+        }
+        let tuned = self.tuned.as_ref().and_then(|t| t.variant(op.name(), x, y));
+        match tuned {
+            Some(v) if !op.variants_on(backend).contains(&v) => Err(Error::input(format!(
+                "the tuned file has variant {v:?} for {}, which is not among those on {backend} ({}): tune again",
+                tuned::case_of(op.name(), x, y),
+                op.variants_on(backend).join(", ")
+            ))),
+            v => Ok(v),
+        }
     }
 }
 

@@ -195,7 +195,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("sub/tuned.toml");
         let cpu = || super::super::open("cpu").unwrap();
-        let (x, y) = ([Spec::f32([2, 3])], [Spec::f32([2, 4])]);
+        let x = [Spec::f32([2, 3]), Spec::f32([4, 3])];
+        let y = [Spec::f32([2, 4])];
         let mut file = TunedFile::default();
         let choice = |variant: &str| Choice {
             case: case_of("linear", &x, &y),
@@ -217,6 +218,13 @@ mod tests {
         };
         assert_eq!(tuned.variant("linear", &x, &y), Some("b"));
         assert_eq!(tuned.variant("linear", &x, &x), None);
+        let mut g = Graph::new();
+        let linear = crate::ops::linear::Linear::PLAIN;
+        let [x, w] = [[2, 3], [4, 3]].map(|s| g.input("x", Spec::f32(s)));
+        g.push(linear, &[x, w]).unwrap();
+        let refused = backend.compile(Arc::new(g), &CompileOptions::default());
+        let text = refused.err().map(|e| e.to_string()).unwrap_or_default();
+        assert!(text.contains("tune again"), "{text}");
         std::fs::write(&path, "nothing = [").unwrap();
         assert!(apply(cpu(), &path).is_err());
     }

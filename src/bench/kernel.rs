@@ -12,8 +12,8 @@ use crate::ops::{Cost, Room};
 use crate::profile::Counted;
 use crate::{Error, Result};
 use serde::Serialize;
-use std::collections::{BTreeMap, BTreeSet};
-use std::time::Instant;
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
 /// Which nodes of a case are timed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -49,6 +49,8 @@ pub struct KernelOptions {
     /// The same memory again and again, as a network's next layer finds it, in place of copies in turn that together
     /// are larger than the last-level cache.
     pub hot: bool,
+    /// Other libraries' products too, where there are any ([`rivals`]).
+    pub rivals: bool,
     /// Repeats.
     pub limits: Limits,
 }
@@ -88,6 +90,9 @@ pub struct KernelReport {
 
 /// The last-level caches of today's processors are smaller.
 pub(super) const ROTATED: usize = 256 << 20;
+/// How long a kernel runs before its times count, unless the limits give it no time: threads that the check left asleep
+/// wake up late at first.
+const WARM_UP: Duration = Duration::from_millis(50);
 /// Operations of a case that the float64 reference is asked to do; above, the check takes a smaller batch.
 const CHECKED: u64 = 300_000_000;
 
@@ -112,49 +117,43 @@ pub fn measure_case(
             room.name
         )));
     }
+    let report = |i: usize, variant: &'static str, measured, ours: bool| {
+        let op = &nodes[i].op;
+        let (x, y) = cg.graph.node_specs(&nodes[i]);
+        let cost = op.cost(&x, &y);
+        let named = Some(variant).filter(|v| *v != "auto");
+        let executed = match ours {
+            true => op.executed(backend.name(), named, &x, &y),
+            false => cost.flops,
+        };
+        row(
+            format!("{}({params})", room.name),
+            (op.name(), case_of(op.name(), &x, &y)),
+            variant,
+            measured,
+            (cost, executed),
+            (ceilings, options.hot),
+        )
+    };
     let mut rows = vec![];
-    for variant in variants(&cg, &wanted, backend, options) {
-        let compile = compile_as(&cg, &wanted, variant);
+    for (variant, those) in variants(&cg, &wanted, backend, options) {
+        let compile = compile_as(&cg, &those, variant);
         let Some(error) = checked(backend, room, params, variant, &compile)? else {
             continue;
         };
-        let times = time_nodes(backend, &cg, &compile, &wanted, options)?;
-        for (i, time) in times {
-            let node = &nodes[i];
-            let (x, y) = cg.graph.node_specs(node);
-            let cost = node.op.cost(&x, &y);
-            // Another variant than the rule's may do more or fewer operations; only the definition's are known then.
-            let executed = match variant {
-                "auto" => node.op.executed(backend.name(), &x, &y),
-                _ => cost.flops,
-            };
-            rows.push(row(
-                format!("{}({params})", room.name),
-                (node.op.name(), case_of(node.op.name(), &x, &y)),
-                variant,
-                (error, time),
-                (cost, executed),
-                (ceilings, options.hot),
-            )?);
+        for (i, time) in time_nodes(backend, &cg, &compile, &those, options)? {
+            rows.push(report(i, variant, (error, time), true)?);
         }
     }
-    if backend.name() == "cpu" {
+    if options.rivals && backend.name() == "cpu" {
         for &i in &wanted {
-            let node = &nodes[i];
-            let (x, y) = cg.graph.node_specs(node);
-            let Some(product) = node.op.product(&x) else {
+            let (x, _) = cg.graph.node_specs(&nodes[i]);
+            let Some(product) = nodes[i].op.product(&x) else {
                 continue;
             };
-            let cost = node.op.cost(&x, &y);
             for rival in rivals() {
-                rows.push(row(
-                    format!("{}({params})", room.name),
-                    (node.op.name(), case_of(node.op.name(), &x, &y)),
-                    rival.name,
-                    rival.time(&product, options.hot, options.limits)?,
-                    (cost, cost.flops),
-                    (ceilings, options.hot),
-                )?);
+                let measured = rival.time(&product, options.hot, options.limits)?;
+                rows.push(report(i, rival.name, measured, false)?);
             }
         }
     }
@@ -290,13 +289,13 @@ pub fn count_variants(
     let cg = case_graph(&room.build(params)?, seed_of(params))?;
     let wanted = wanted(&cg, options);
     let mut rows = vec![];
-    for variant in variants(&cg, &wanted, backend, options) {
-        let compile = compile_as(&cg, &wanted, variant);
+    for (variant, those) in variants(&cg, &wanted, backend, options) {
+        let compile = compile_as(&cg, &those, variant);
         let Some(error) = checked(backend, room, params, variant, &compile)? else {
             continue;
         };
         let counts = count_case(backend, room, params, &compile)?;
-        for &i in &wanted {
+        for &i in &those {
             let node = &cg.graph.nodes[i];
             let Some(counted) = counts.get(node.op.name()) else {
                 continue;
@@ -327,17 +326,21 @@ fn wanted(cg: &CaseGraph, options: &KernelOptions) -> Vec<usize> {
         .collect()
 }
 
-/// The rule's choice and, where they are wanted, all variants of the nodes.
+/// The rule's choice and, where they are wanted, all variants, each with the nodes that have it: not every op of a case
+/// has every variant of the others.
 fn variants(
     cg: &CaseGraph,
     wanted: &[usize],
     backend: &dyn Backend,
     options: &KernelOptions,
-) -> BTreeSet<&'static str> {
-    let mut variants = BTreeSet::from(["auto"]);
+) -> BTreeMap<&'static str, Vec<usize>> {
+    let mut variants = BTreeMap::from([("auto", wanted.to_vec())]);
     if options.all_variants {
         for &i in wanted {
-            variants.extend(cg.graph.nodes[i].op.variants_on(backend.name()));
+            let of_op = cg.graph.nodes[i].op.variants_on(backend.name());
+            for &v in of_op.iter().filter(|v| **v != "auto") {
+                variants.entry(v).or_default().push(i);
+            }
         }
     }
     variants
@@ -398,22 +401,22 @@ fn time_nodes(
     }
     let phases = [Phase::Forward, Phase::Backward];
     let mut times: BTreeMap<usize, Vec<f64>> = BTreeMap::new();
-    let begin = Instant::now();
     let limits = options.limits;
+    let warm_up = WARM_UP.min(limits.time);
+    let begin = Instant::now();
     for run in 0.. {
         let turn = run % execs.len();
+        let warm = run >= limits.warm_up.max(execs.len()) && begin.elapsed() >= warm_up;
         for (node, t) in execs[turn].run_timed(&phases)? {
-            if run >= limits.warm_up.max(execs.len()) && wanted.contains(&node) {
+            if warm && wanted.contains(&node) {
                 times.entry(node).or_default().push(t.as_secs_f64());
             }
         }
         let taken = times.values().map(Vec::len).min().unwrap_or(0);
-        if taken < limits.min_runs {
-            continue;
-        }
-        let narrow = |t: &Vec<f64>| Sample::of(t.clone()).spread() <= limits.precision;
-        if begin.elapsed() >= limits.time || (taken.is_multiple_of(8) && times.values().all(narrow))
-        {
+        // Every interval is not computed after every run: short kernels have thousands.
+        let due = taken < 8 || taken.is_multiple_of(8) || begin.elapsed() >= limits.time;
+        let enough = |t: &Vec<f64>| limits.enough(t, begin.elapsed());
+        if taken > 0 && due && times.values().all(enough) {
             break;
         }
     }
@@ -424,7 +427,6 @@ fn time_nodes(
 mod tests {
     use super::*;
     use crate::ops::room;
-    use std::time::Duration;
 
     fn rows(case: &str, passes: &[Pass], all_variants: bool) -> Result<Vec<KernelReport>> {
         let cpu = crate::backend::open("cpu")?;
@@ -432,6 +434,7 @@ mod tests {
             passes: passes.to_vec(),
             all_variants,
             hot: true,
+            rivals: true,
             limits: Limits {
                 warm_up: 1,
                 min_runs: 2,
@@ -461,6 +464,8 @@ mod tests {
             );
         }
         assert!(!got.iter().any(|g| g.0 == "conv2d_dgrad"));
+        assert!(got.contains(&("conv2d", "float64_sums")));
+        assert!(!got.contains(&("conv2d_wgrad", "float64_sums")));
         assert!(
             r.iter()
                 .all(|r| r.case == case && r.error <= 1.0 && r.roofline < 1.0)

@@ -543,7 +543,7 @@ impl StepReport {
             let seconds = Sample::of(t).median;
             let (x, y) = graph.node_specs(node);
             let cost = node.op.cost(&x, &y);
-            let executed = node.op.executed(backend, &x, &y);
+            let executed = node.op.executed(backend, None, &x, &y);
             let floor = ceilings.floor(Cost {
                 flops: executed,
                 ..cost

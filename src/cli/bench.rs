@@ -267,6 +267,7 @@ impl Bench {
             passes: self.direction.iter().map(pass).collect(),
             all_variants: self.variant == Which::All,
             hot: self.hot,
+            rivals: true,
             limits: Limits {
                 min_runs: 15,
                 ..self.limits()

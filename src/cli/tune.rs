@@ -80,6 +80,7 @@ impl Tune {
             passes: vec![],
             all_variants: true,
             hot: true,
+            rivals: false,
             limits: Limits {
                 min_runs: 9,
                 precision: 0.02,
@@ -92,11 +93,24 @@ impl Tune {
             false => TunedFile::default(),
         };
         let mut choices = vec![];
+        let mut kernels = 0;
         let n = cases.len();
         for (i, (op, params)) in cases.iter().enumerate() {
             note(&format!("{}/{n}: {op}({params})", i + 1));
-            let rows = measure_case(backend.as_ref(), room(op)?, params, &options, &limits)?;
-            for choice in chosen(&rows) {
+            let measure = || measure_case(backend.as_ref(), room(op)?, params, &options, &limits);
+            let rows = measure()?;
+            kernels += rows.iter().filter(|r| r.variant == RULE).count();
+            let mut found = chosen(&rows);
+            if !found.is_empty() {
+                // A disturbance in the first round is no reason for a choice.
+                let again = chosen(&measure()?);
+                found.retain(|c| {
+                    again
+                        .iter()
+                        .any(|a| (&a.case, &a.variant) == (&c.case, &c.variant))
+                });
+            }
+            for choice in found {
                 file.table_of(backend.as_ref()).set(choice.clone());
                 choices.push(choice);
             }
@@ -118,7 +132,7 @@ impl Tune {
             ]);
         }
         print(&format!(
-            "{}\n{} of {n} cases have a variant that beats the rule; {}\n",
+            "{}\n{} of {kernels} kernels have a variant that beats the rule; {}\n",
             t.to_text(),
             choices.len(),
             self.output.display()
@@ -127,14 +141,20 @@ impl Tune {
     }
 }
 
-/// By op and shapes, the fastest variant where it beats the rule by more than the noise.
+/// The variant that stands for the op's own rule.
+const RULE: &str = "auto";
+/// A gain that is worth an entry.
+const LEAST_GAIN: f64 = 0.03;
+
+/// By op and shapes, the fastest variant where it beats the rule by more than the noise, and by enough.
 fn chosen(rows: &[KernelReport]) -> Vec<Choice> {
-    let rules = rows.iter().filter(|r| r.variant == "auto");
+    let rules = rows.iter().filter(|r| r.variant == RULE);
     rules
         .filter_map(|rule| {
             let same = rows.iter().filter(|r| r.signature == rule.signature);
             let best = same.min_by(|a, b| a.time.median.total_cmp(&b.time.median))?;
-            let better = Verdict::of(&rule.time, &best.time) == Verdict::Faster;
+            let better = Verdict::of(&rule.time, &best.time) == Verdict::Faster
+                && best.time.median < (1.0 - LEAST_GAIN) * rule.time.median;
             better.then(|| Choice {
                 case: best.signature.clone(),
                 variant: best.variant.clone(),

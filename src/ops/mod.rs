@@ -150,9 +150,9 @@ pub trait Op: Debug + Send + Sync + 'static {
         None
     }
 
-    /// Floating-point operations that the default kernel of the backend called `backend` does: fewer than
-    /// [`cost`](Self::cost) counts where an algorithm saves some (Winograd).
-    fn executed(&self, _backend: &str, x: &[Spec], y: &[Spec]) -> u64 {
+    /// Floating-point operations that a variant (`None`: the rule's choice) on the backend called `backend` does: fewer
+    /// than [`cost`](Self::cost) counts where an algorithm saves some (Winograd).
+    fn executed(&self, _backend: &str, _variant: Option<&str>, x: &[Spec], y: &[Spec]) -> u64 {
         self.cost(x, y).flops
     }
 

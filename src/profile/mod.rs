@@ -340,7 +340,7 @@ fn launches(backend: &str, graph: &Graph, spans: &[Span]) -> Vec<Launch> {
         let cost = node.op.cost(&x, &y);
         let l = &mut out[i];
         (l.flops, l.bytes) = (cost.flops, cost.bytes);
-        l.executed = node.op.executed(backend, &x, &y);
+        l.executed = node.op.executed(backend, None, &x, &y);
     }
     out
 }

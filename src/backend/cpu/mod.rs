@@ -202,7 +202,7 @@ impl Backend for Cpu {
         let mut releases = Vec::with_capacity(graph.nodes.len());
         for node in &graph.nodes {
             let (x, y) = graph.node_specs(node);
-            let variant = options.variant(node.op.name(), &x, &y);
+            let variant = options.variant(self.name(), node.op.as_ref(), (&x, &y))?;
             let mut cx = CpuCx::new(&x, &y, variant);
             cx.constant = node
                 .inputs

@@ -281,7 +281,7 @@ impl Backend for Cuda {
         let mut described = Vec::with_capacity(graph.nodes.len());
         for node in &graph.nodes {
             let (x, y) = graph.node_specs(node);
-            let variant = options.variant(node.op.name(), &x, &y);
+            let variant = options.variant(self.name(), node.op.as_ref(), (&x, &y))?;
             let mut cx = CudaCx::new(traits, precision, &x, &y, variant);
             node.op.cuda(&mut cx).map_err(|e| e.context(&node.scope))?;
             described.push(Described {

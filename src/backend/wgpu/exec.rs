@@ -54,7 +54,7 @@ impl Backend for Wgpu {
         let mut described = Vec::with_capacity(graph.nodes.len());
         for node in &graph.nodes {
             let (x, y) = graph.node_specs(node);
-            let variant = options.variant(node.op.name(), &x, &y);
+            let variant = options.variant(self.name(), node.op.as_ref(), (&x, &y))?;
             let mut cx = WgpuCx::new(traits, &x, &y, variant);
             node.op.wgpu(&mut cx).map_err(|e| e.context(&node.scope))?;
             let mut work = 0;

@@ -132,6 +132,7 @@ impl Bench<'_> {
                 passes: vec![],
                 all_variants: false,
                 hot: true,
+                rivals: false,
                 limits: Limits {
                     warm_up: 2,
                     min_runs: 9,

@@ -121,8 +121,8 @@ impl Op for Conv2d {
         }
     }
 
-    fn executed(&self, backend: &str, x: &[Spec], _y: &[Spec]) -> u64 {
-        executed(backend, &self.shape(x), false)
+    fn executed(&self, backend: &str, variant: Option<&str>, x: &[Spec], _y: &[Spec]) -> u64 {
+        executed((backend, variant), &self.shape(x), false)
     }
 
     fn backward(&self, node: &Fwd, b: &mut Backward) -> Result<()> {
@@ -251,9 +251,15 @@ impl Op for Conv2d {
 }
 
 /// Operations of the default kernel of a backend.
-fn executed(backend: &str, shape: &ConvShape, dgrad: bool) -> u64 {
-    match backend {
-        "cpu" => cpu::executed(shape, dgrad),
+fn executed((backend, variant): (&str, Option<&str>), shape: &ConvShape, dgrad: bool) -> u64 {
+    match (backend, cpu::algorithm(variant)) {
+        ("cpu", Ok(algorithm)) if variant != Some("float64_sums") => {
+            let shape = ConvShape {
+                algorithm,
+                ..*shape
+            };
+            cpu::executed(&shape, dgrad)
+        }
         _ => shape.flops(),
     }
 }
@@ -323,9 +329,9 @@ impl Op for Conv2dDgrad {
         }
     }
 
-    fn executed(&self, backend: &str, x: &[Spec], _y: &[Spec]) -> u64 {
+    fn executed(&self, backend: &str, variant: Option<&str>, x: &[Spec], _y: &[Spec]) -> u64 {
         let shape = self.shape(x).expect("checked by the shape rule");
-        executed(backend, &shape, true)
+        executed((backend, variant), &shape, true)
     }
 
     fn product(&self, x: &[Spec]) -> Option<Product> {
@@ -441,9 +447,9 @@ impl Op for Conv2dWgrad {
         }
     }
 
-    fn executed(&self, backend: &str, x: &[Spec], _y: &[Spec]) -> u64 {
+    fn executed(&self, backend: &str, variant: Option<&str>, x: &[Spec], _y: &[Spec]) -> u64 {
         let shape = self.shape(x).expect("checked by the shape rule");
-        executed(backend, &shape, false)
+        executed((backend, variant), &shape, false)
     }
 
     fn product(&self, x: &[Spec]) -> Option<Product> {
