@@ -5,6 +5,7 @@
 
 use super::loader::{Batch, Feed, LoaderOptions, draw_order};
 use crate::{Error, Result};
+use std::collections::HashMap;
 use std::sync::Arc;
 
 /// A row of features for each image.
@@ -18,6 +19,25 @@ pub struct Rows {
     pub labels: Vec<u32>,
     /// `[n]`: index of each image in the data set's split.
     pub indices: Vec<u32>,
+}
+
+impl Rows {
+    /// The rows of these images, in this order; `None` where one of them is missing.
+    #[must_use]
+    pub fn pick(&self, indices: &[u32]) -> Option<Rows> {
+        let places: HashMap<u32, usize> = self.indices.iter().copied().zip(0..).collect();
+        let places: Vec<usize> = indices
+            .iter()
+            .map(|i| places.get(i).copied())
+            .collect::<Option<_>>()?;
+        let row = |&p: &usize| &self.values[p * self.width..(p + 1) * self.width];
+        Some(Rows {
+            values: places.iter().flat_map(row).copied().collect(),
+            width: self.width,
+            labels: places.iter().map(|&p| self.labels[p]).collect(),
+            indices: indices.to_vec(),
+        })
+    }
 }
 
 /// Makes batches of [`Rows`].
@@ -117,6 +137,19 @@ mod tests {
             labels: (0..n).map(|i| i % 3).collect(),
             indices: (100..100 + n).collect(),
         })
+    }
+
+    #[test]
+    fn rows_are_picked_by_the_index_of_their_image() {
+        let picked = rows(10).pick(&[104, 101]).unwrap();
+        let wanted = Rows {
+            values: vec![4.0, -4.0, 1.0, -1.0],
+            width: 2,
+            labels: vec![1, 1],
+            indices: vec![104, 101],
+        };
+        assert_eq!(picked, wanted);
+        assert_eq!(rows(10).pick(&[104, 110]), None);
     }
 
     #[test]

@@ -249,6 +249,11 @@ impl Split {
         }
     }
 
+    /// All images of the split that this is a view of.
+    pub(crate) fn whole(&self) -> Split {
+        self.with_indices((0..self.source.labels.len() as u32).collect())
+    }
+
     /// Indices of each class, in view order.
     fn by_class(&self) -> Vec<Vec<u32>> {
         let mut classes = vec![Vec::new(); self.classes.len()];

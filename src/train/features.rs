@@ -2,7 +2,7 @@
 //! kept in the user's cache directory under a key of everything that decides them, so that the next probe starts at once.
 
 use crate::backend::{Backend, CompileOptions};
-use crate::data::{Feed, Images, Loader, LoaderOptions, Rows, data_dir};
+use crate::data::{Feed, Images, Loader, LoaderOptions, Rows, Split, data_dir};
 use crate::graph::fuse::{Purpose, fuse};
 use crate::graph::{Mode, Phase};
 use crate::models::session::{load_net, write_parameters};
@@ -41,27 +41,41 @@ pub struct Frozen<'a> {
 }
 
 impl Frozen<'_> {
-    /// What the classifier reads for every image of `images`, from the cache or computed.
+    /// What the classifier reads for every image of `images`: from the cache, picked from that of the whole split, of which
+    /// `images` may be a part (a subset, a long tail), or computed.
     ///
     /// # Errors
     /// The images cannot be read, the weights do not fit, the device is lost, or ([`Error::Run`]) `stop` is set.
     pub fn features(&self, images: &Arc<Images>, what: &str, stop: &AtomicBool) -> Result<Rows> {
         let dir = data_dir().join("features");
-        let path = dir.join(format!("{}.safetensors", self.key(images)?));
-        let labels = images.split().all_labels();
-        if let Some(rows) = read(&path, labels) {
+        let file = |split: &Split| -> Result<PathBuf> {
+            Ok(dir.join(format!("{}.safetensors", self.key(images, split)?)))
+        };
+        let (split, labels) = (images.split(), images.split().all_labels());
+        let path = file(split)?;
+        let kept = |path: &Path| {
             say(&format!(
                 "features of the {what} images: kept from before in {}",
                 path.display()
             ));
+        };
+        if let Some(rows) = read(&path, labels) {
+            kept(&path);
             return Ok(rows);
+        }
+        if split.len() < labels.len() {
+            let whole = file(&split.whole())?;
+            if let Some(rows) = read(&whole, labels).and_then(|r| r.pick(split.indices())) {
+                kept(&whole);
+                return Ok(rows);
+            }
         }
         std::fs::create_dir_all(&dir).map_err(|e| Error::writing(&dir, e))?;
         self.compute(images, what, &path, stop)
     }
 
-    /// A name for everything that decides the features.
-    fn key(&self, images: &Images) -> Result<String> {
+    /// A name for everything that decides the features of `split`, prepared as `images` are.
+    fn key(&self, images: &Images, split: &Split) -> Result<String> {
         let mut hash = Sha256::new();
         let size = images.preprocess();
         let text = format!(
@@ -78,7 +92,7 @@ impl Frozen<'_> {
             Some(file) => hash.update(file.contents()),
             None => hash.update(self.seed.to_le_bytes()),
         }
-        images.split().identify(&mut hash)?;
+        split.identify(&mut hash)?;
         Ok(format!("{:x}", hash.finalize()))
     }
 
