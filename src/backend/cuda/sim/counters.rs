@@ -256,29 +256,37 @@ pub fn sectors(addrs: &mut [u64], n: u64) -> (u64, u64) {
 /// 32 banks of 4 bytes; lanes that ask for the same word share it. Accesses of 8 bytes go by half warps, of 16 bytes
 /// by quarters: `lanes` gives the lane of each address.
 pub fn wavefronts(addrs: &[u32], lanes: &[u8], n: u32) -> (u64, u64) {
+    // Lanes of a group, as a shift; pieces are at least a word.
     let group = match n {
-        16 => 8,
-        8 => 16,
-        _ => 32,
+        16 => 3,
+        8 => 4,
+        _ => 5,
     };
+    let piece = n.max(4).trailing_zeros();
     let words = (n / 4).max(1);
     let (mut total, mut ideal, mut i) = (0, 0, 0);
     while i < addrs.len() {
-        let g = lanes[i] / group;
-        let mut end = i;
-        while end < addrs.len() && lanes[end] / group == g {
-            end += 1;
-        }
-        // Lanes whose aligned pieces fall on different banks, or are the same, need one wavefront.
-        let slots = (128 / n.max(4)) as usize;
-        let mut table = [u32::MAX; 32];
-        let free = addrs[i..end].iter().all(|a| {
-            let piece = a / n.max(4);
-            let t = &mut table[piece as usize % slots];
-            let ok = *t == u32::MAX || *t == piece;
-            *t = piece;
-            ok
-        });
+        let g = lanes[i] >> group;
+        let end = if addrs.len() == 32 {
+            i + (1 << group)
+        } else {
+            i + lanes[i..].iter().take_while(|&&l| l >> group == g).count()
+        };
+        // Lanes whose aligned pieces fall on different banks, or are the same, need one wavefront: neighbours always.
+        let slots = 128 >> piece;
+        let (low, high) = addrs[i..end]
+            .iter()
+            .fold((u32::MAX, 0), |(low, high), &a| (low.min(a), high.max(a)));
+        let free = (high >> piece) - (low >> piece) < slots || {
+            let mut table = [u32::MAX; 32];
+            addrs[i..end].iter().all(|a| {
+                let p = a >> piece;
+                let t = &mut table[(p & (slots - 1)) as usize];
+                let ok = *t == u32::MAX || *t == p;
+                *t = p;
+                ok
+            })
+        };
         if free {
             total += 1;
             ideal += 1;
@@ -312,4 +320,55 @@ pub fn wavefronts(addrs: &[u32], lanes: &[u8], n: u32) -> (u64, u64) {
         i = end;
     }
     (total, ideal)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeSet;
+
+    /// By the definition: a group's distinct words, bank by bank.
+    fn by_definition(addrs: &[u32], lanes: &[u8], n: u32) -> (u64, u64) {
+        let group = match n {
+            16 => 8,
+            8 => 16,
+            _ => 32,
+        };
+        let (mut total, mut groups) = (0, 0);
+        for g in 0..32 / group {
+            let mut banks = vec![BTreeSet::new(); 32];
+            for (a, l) in addrs.iter().zip(lanes) {
+                if l / group == g {
+                    for word in a / 4..(a + n).div_ceil(4) {
+                        banks[word as usize % 32].insert(word);
+                    }
+                }
+            }
+            let depth = banks.iter().map(BTreeSet::len).max().unwrap_or(0);
+            total += depth as u64;
+            groups += u64::from(depth > 0);
+        }
+        (total, groups)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+
+        /// Addresses among a few neighbours, some beyond one line of all banks, and all over the place.
+        #[test]
+        fn wavefronts_are_those_of_the_definition(
+            size in 0u32..5,
+            span in 2u32..13,
+            base in 0u32..64,
+            m in prop_oneof![Just(u32::MAX), any::<u32>()],
+            places in proptest::array::uniform32(any::<u32>()),
+        ) {
+            let n = 1 << size;
+            let lanes: Vec<u8> = (0..32).filter(|l| m >> l & 1 == 1).collect();
+            let place = |&l: &u8| 16 * base + (places[l as usize] & ((1 << span) - 1)) / n * n;
+            let addrs: Vec<u32> = lanes.iter().map(place).collect();
+            prop_assert_eq!(wavefronts(&addrs, &lanes, n), by_definition(&addrs, &lanes, n));
+        }
+    }
 }

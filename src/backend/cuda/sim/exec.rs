@@ -1,6 +1,7 @@
 //! Running one block: warps in turn, each until it waits, ends or has had its share.
 
 use super::alu;
+use super::compare::compare;
 use super::counters::PcStat;
 use super::memory::{Alloc, Memory};
 use super::module::Module;
@@ -291,7 +292,8 @@ impl<'a> Block<'a> {
                 w.clock += 1;
                 let s = &mut self.stats[pc as usize];
                 s.warps += 1;
-                s.lanes += u64::from(m.count_ones());
+                // Counting bits takes a dozen instructions where the processor's own may not be used.
+                s.lanes += u64::from(if m == u32::MAX { 32 } else { m.count_ones() });
                 match &inst.op {
                     Op::Alu(a) => {
                         if m != 0 {
@@ -684,7 +686,7 @@ fn diverge(w: &mut Warp, join: u32, paths: &[(u32, u32)]) {
 }
 
 fn setp(w: &mut Warp, i: &Inst, c: Cmp, join: Option<BoolOp>, q: u32, m: u32) {
-    let t = alu::compare(w, i, i.ty, c);
+    let t = compare(w, i, i.ty, c);
     let (mut p, mut n) = (t, !t);
     if let Some(op) = join {
         let c = w.p(i.c);

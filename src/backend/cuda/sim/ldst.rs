@@ -1,10 +1,10 @@
 //! Loads, stores and atomics, with their checks and counts.
 
 use super::ast::{Space, Ty};
-use super::counters::{sectors, wavefronts};
+use super::counters::sectors;
 use super::exec::{Block, Done, Trouble, fail, first, lanes};
 use super::memory::{Alloc, LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW, WINDOW_SIZE};
-use super::program::{Access, Inst, NONE, Op};
+use super::program::{Access, Inst, Op};
 use super::warp::R64;
 
 /// Where an address points.
@@ -16,7 +16,7 @@ pub enum Place {
     Param,
 }
 
-impl Block<'_> {
+impl<'a> Block<'a> {
     /// Executes an instruction that may fail.
     pub fn other(&mut self, wi: usize, pc: u32, inst: &Inst, m: u32) -> Done {
         match &inst.op {
@@ -117,7 +117,8 @@ impl Block<'_> {
             lo = lo.min(x);
             hi = hi.max(x);
         }
-        if !or.is_multiple_of(n as u64) {
+        // Sizes are powers of two.
+        if or & (n as u64 - 1) != 0 {
             let l = lanes(m)
                 .find(|&l| !addr[l].is_multiple_of(n as u64))
                 .unwrap_or(f);
@@ -195,7 +196,7 @@ impl Block<'_> {
 
     /// Writes what a load brought for one lane into element `k`'s register.
     #[inline]
-    fn set(&mut self, wi: usize, a: &Access, k: usize, l: usize, raw: u64) {
+    pub fn set(&mut self, wi: usize, a: &Access, k: usize, l: usize, raw: u64) {
         let v = extend(raw, a);
         let w = &mut self.warps[wi];
         if a.wide {
@@ -206,7 +207,7 @@ impl Block<'_> {
     }
 
     #[inline]
-    fn get(&self, wi: usize, a: &Access, k: usize, l: usize) -> u64 {
+    pub fn get(&self, wi: usize, a: &Access, k: usize, l: usize) -> u64 {
         let w = &self.warps[wi];
         if a.wide {
             w.r64(a.regs[k])[l]
@@ -216,7 +217,7 @@ impl Block<'_> {
     }
 
     /// The allocation that a global access falls in; everything else is a fault.
-    pub fn owner(&self, lane: usize, addr: u64, n: u64, what: &str) -> Done<&Alloc> {
+    pub fn owner(&self, lane: usize, addr: u64, n: u64, what: &str) -> Done<&'a Alloc> {
         let found = self.alloc_of(addr);
         if let Some(a) = found
             && !a.freed
@@ -312,23 +313,6 @@ impl Block<'_> {
         s.b += ideal;
     }
 
-    /// Counts a request to shared memory.
-    pub fn count_shared(&mut self, pc: u32, addr: &R64, m: u32, n: u32) {
-        let (mut a, mut ln) = ([0; 32], [0; 32]);
-        let mut k = 0;
-        for l in lanes(m) {
-            a[k] = addr[l] as u32;
-            ln[k] = l as u8;
-            k += 1;
-        }
-        let (count, ideal) = wavefronts(&a[..k], &ln[..k], n);
-        let s = &mut self.stats[pc as usize];
-        s.shared_requests += 1;
-        s.bytes += u64::from(n) * k as u64;
-        s.shared_a += count;
-        s.shared_b += ideal;
-    }
-
     #[allow(clippy::too_many_arguments)]
     fn global(
         &mut self,
@@ -367,17 +351,10 @@ impl Block<'_> {
                 if row {
                     al.read_row(addr[0] - base, w.r_mut(a.regs[0]));
                 } else if size == 4 && !a.wide {
-                    for k in 0..a.vec as usize {
-                        let d = w.r_mut(a.regs[k]);
-                        if m == u32::MAX {
-                            for l in 0..32 {
-                                d[l] = al.read(addr[l] - base + 4 * k as u64, 4) as u32;
-                            }
-                        } else {
-                            for l in lanes(m) {
-                                d[l] = al.read(addr[l] - base + 4 * k as u64, 4) as u32;
-                            }
-                        }
+                    match a.vec {
+                        1 => w.put_all(&a.regs, m, &al.read_lanes::<1>(addr)),
+                        2 => w.put_all(&a.regs, m, &al.read_lanes::<2>(addr)),
+                        _ => w.put_all(&a.regs, m, &al.read_lanes::<4>(addr)),
                     }
                 } else {
                     for k in 0..a.vec as usize {
@@ -396,6 +373,12 @@ impl Block<'_> {
                 let w = &self.warps[wi];
                 if row && !a.wide {
                     al.write_row(addr[0] - base, w.r(a.regs[0]));
+                } else if size == 4 && !a.wide {
+                    match a.vec {
+                        1 => al.write_lanes(addr, m, w.all::<1>(&a.regs)),
+                        2 => al.write_lanes(addr, m, w.all::<2>(&a.regs)),
+                        _ => al.write_lanes(addr, m, w.all::<4>(&a.regs)),
+                    }
                 } else {
                     for k in 0..a.vec as usize {
                         for l in lanes(m) {
@@ -437,196 +420,6 @@ impl Block<'_> {
                     al.write(off + (size * k) as u64, size, self.get(wi, a, k, l));
                 }
                 al.set_init(off, n);
-            }
-        }
-        Ok(())
-    }
-
-    /// Fails where an access leaves shared memory.
-    pub fn shared_bounds(&self, m: u32, addr: &R64, n: u32, what: &str) -> Done {
-        let len = u64::from(self.shared.len);
-        for l in lanes(m) {
-            if addr[l].checked_add(u64::from(n)).is_none_or(|e| e > len) {
-                return Err(Box::new(Trouble {
-                    lane: l as u32,
-                    what: format!(
-                        "out of bounds: {what} of {n} bytes at {} of shared memory ({len} bytes)",
-                        addr[l] as i64
-                    ),
-                    address: Some(addr[l]),
-                }));
-            }
-        }
-        Ok(())
-    }
-
-    /// Checks a read of shared memory by one lane (or [`NONE`], the warp, on behalf of `l`).
-    pub fn check_shared_read(
-        &mut self,
-        wi: usize,
-        pc: u32,
-        l: usize,
-        as_lane: u32,
-        at: u32,
-        n: u32,
-    ) -> Done {
-        if self.shared.in_flight(at, n) {
-            return self.in_flight(l, at, n, "read");
-        }
-        if !self.shared.is_init(at, n) {
-            return Err(Box::new(Trouble {
-                lane: l as u32,
-                what: format!(
-                    "uninitialised: nobody wrote all of the {n} bytes at {at} of shared memory"
-                ),
-                address: Some(u64::from(at)),
-            }));
-        }
-        let who = self.who(wi, pc);
-        let mut b = at;
-        while b < at + n {
-            let k = (4 - b % 4).min(at + n - b);
-            if let Some(r) = self
-                .shared
-                .note_read(b / 4, ((1 << k) - 1) << (b % 4), as_lane, &who)
-            {
-                return Err(self.race(&r, wi, l as u32, false, b));
-            }
-            b += k;
-        }
-        Ok(())
-    }
-
-    fn in_flight<T>(&self, l: usize, at: u32, n: u32, what: &str) -> Done<T> {
-        Err(Box::new(Trouble {
-            lane: l as u32,
-            what: format!(
-                "{what} of {n} bytes at {at} of shared memory while a cp.async to them is in flight (no wait_group before)"
-            ),
-            address: Some(u64::from(at)),
-        }))
-    }
-
-    /// Checks a write to shared memory by one lane, or an asynchronous one at its issue.
-    pub fn check_shared_write(
-        &mut self,
-        wi: usize,
-        pc: u32,
-        l: usize,
-        at: u32,
-        n: u32,
-        atomic: bool,
-    ) -> Done {
-        if self.shared.in_flight(at, n) {
-            return self.in_flight(l, at, n, "write");
-        }
-        let who = self.who(wi, pc);
-        let mut b = at;
-        while b < at + n {
-            let k = (4 - b % 4).min(at + n - b);
-            if let Some(r) =
-                self.shared
-                    .note_write(b / 4, ((1 << k) - 1) << (b % 4), l as u32, &who, atomic)
-            {
-                return Err(self.race(&r, wi, l as u32, true, b));
-            }
-            b += k;
-        }
-        Ok(())
-    }
-
-    #[allow(clippy::too_many_arguments)]
-    fn shared_access(
-        &mut self,
-        wi: usize,
-        pc: u32,
-        a: &Access,
-        m: u32,
-        load: bool,
-        addr: &R64,
-        range: (u64, u64),
-        n: u32,
-    ) -> Done {
-        if range
-            .1
-            .checked_add(u64::from(n))
-            .is_none_or(|e| e > u64::from(self.shared.len))
-        {
-            self.shared_bounds(m, addr, n, if load { "read" } else { "write" })?;
-        }
-        self.count_shared(pc, addr, m, n);
-        let size = a.ty.bytes() as u32;
-        let checks = self.g.checks;
-        if checks && load {
-            if range.0 == range.1 {
-                // One address for all: one note.
-                let as_lane = if m.is_power_of_two() { first(m) } else { NONE };
-                self.check_shared_read(wi, pc, first(m) as usize, as_lane, range.0 as u32, n)?;
-            } else {
-                for l in lanes(m) {
-                    self.check_shared_read(wi, pc, l, l as u32, addr[l] as u32, n)?;
-                }
-            }
-        }
-        if load {
-            for k in 0..u32::from(a.vec) {
-                if size == 8 {
-                    for l in lanes(m) {
-                        let at = addr[l] as u32 + 8 * k;
-                        let v = u64::from(self.shared.read(at, 4))
-                            | u64::from(self.shared.read(at + 4, 4)) << 32;
-                        self.set(wi, a, k as usize, l, v);
-                    }
-                } else if size == 4 && !a.wide {
-                    let (d, sh) = (self.warps[wi].r_mut(a.regs[k as usize]), &self.shared);
-                    for l in lanes(m) {
-                        d[l] = sh.read(addr[l] as u32 + 4 * k, 4);
-                    }
-                } else {
-                    for l in lanes(m) {
-                        let v = self.shared.read(addr[l] as u32 + size * k, size);
-                        self.set(wi, a, k as usize, l, u64::from(v));
-                    }
-                }
-            }
-            return Ok(());
-        }
-        // Addresses that differ modulo 64 pieces differ: the usual case, told apart without comparing all pairs.
-        let seen = lanes(m).fold(0u64, |s, l| s | 1 << (addr[l] / u64::from(n) % 64));
-        let distinct = seen.count_ones() == m.count_ones();
-        for l in lanes(m) {
-            let at = addr[l] as u32;
-            if checks {
-                // Lanes that write the same value to one place in one instruction are no race.
-                let before = m & ((1 << l) - 1);
-                let mut same = lanes(if distinct { 0 } else { before })
-                    .filter(|&o| addr[o] == addr[l])
-                    .peekable();
-                let twin = same.peek().is_some()
-                    && same.all(|o| {
-                        (0..a.vec as usize).all(|k| {
-                            let keep = if size == 8 {
-                                u64::MAX
-                            } else {
-                                (1 << (8 * size)) - 1
-                            };
-                            self.get(wi, a, k, o) & keep == self.get(wi, a, k, l) & keep
-                        })
-                    });
-                if twin {
-                    continue;
-                }
-                self.check_shared_write(wi, pc, l, at, n, false)?;
-                self.shared.set_init(at, n);
-            }
-            for k in 0..u32::from(a.vec) {
-                let v = self.get(wi, a, k as usize, l);
-                if size == 8 {
-                    self.shared.write(at + 8 * k, 4, v as u32);
-                    self.shared.write(at + 8 * k + 4, 4, (v >> 32) as u32);
-                } else {
-                    self.shared.write(at + size * k, size, v as u32);
-                }
             }
         }
         Ok(())

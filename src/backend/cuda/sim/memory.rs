@@ -156,6 +156,46 @@ impl Alloc {
         }
     }
 
+    /// Panics unless every lane's `n` bytes are aligned to words and inside.
+    #[inline(always)]
+    fn check_lanes(&self, addr: &[u64; 32], n: u64) {
+        let (mut or, mut most) = (0, 0);
+        for a in addr {
+            let off = a.wrapping_sub(self.base);
+            or |= off;
+            most = most.max(off);
+        }
+        assert!(self.holds(most, n) && or & 3 == 0);
+    }
+
+    /// Reads `N` words for each lane from its address on (aligned to 4, inside).
+    #[inline]
+    pub fn read_lanes<const N: usize>(&self, addr: &[u64; 32]) -> [[u32; 32]; N] {
+        self.check_lanes(addr, 4 * N as u64);
+        let mut to = [[0; 32]; N];
+        for l in 0..32 {
+            let p = self.ptr(addr[l] - self.base).cast::<u32>();
+            for (k, t) in to.iter_mut().enumerate() {
+                // SAFETY: as in `read`, by the assertion of `check_lanes`.
+                t[l] = unsafe { AtomicU32::from_ptr(p.add(k)) }.load(Relaxed);
+            }
+        }
+        to
+    }
+
+    /// Writes `N` words for each lane in `m`, as [`read_lanes`](Self::read_lanes).
+    #[inline]
+    pub fn write_lanes<const N: usize>(&self, addr: &[u64; 32], m: u32, v: [&[u32; 32]; N]) {
+        self.check_lanes(addr, 4 * N as u64);
+        for l in (0..32).filter(|l| m >> l & 1 == 1) {
+            let p = self.ptr(addr[l] - self.base).cast::<u32>();
+            for (k, v) in v.iter().enumerate() {
+                // SAFETY: as in `read_lanes`.
+                unsafe { AtomicU32::from_ptr(p.add(k)) }.store(v[l], Relaxed);
+            }
+        }
+    }
+
     /// Whether every byte has been written.
     #[inline]
     pub fn all_init(&self) -> bool {
@@ -165,14 +205,14 @@ impl Alloc {
     /// Whether `n` <= 16 bytes at `off`, aligned to `n`, have been written.
     #[inline]
     pub fn is_init(&self, off: u64, n: u64) -> bool {
-        let bits = (((1u128 << n) - 1) as u64) << (off % 64);
+        let bits = ((1 << n) - 1) << (off % 64);
         self.init[(off / 64) as usize].load(Relaxed) & bits == bits
     }
 
     /// Records that `n` <= 16 bytes at `off`, aligned to `n`, are written.
     #[inline]
     pub fn set_init(&self, off: u64, n: u64) {
-        let bits = (((1u128 << n) - 1) as u64) << (off % 64);
+        let bits = ((1 << n) - 1) << (off % 64);
         let w = &self.init[(off / 64) as usize];
         if w.load(Relaxed) & bits != bits {
             w.fetch_or(bits, Relaxed);

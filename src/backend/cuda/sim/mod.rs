@@ -16,6 +16,7 @@
 mod alu;
 mod ast;
 mod atomic;
+mod compare;
 mod counters;
 mod cvt;
 mod decode;
@@ -29,6 +30,7 @@ mod flow;
 mod group;
 mod launch;
 mod ldst;
+mod ldst_shared;
 mod lex;
 mod memory;
 mod module;

@@ -5,10 +5,16 @@
 //! order between lanes comes from `bar.warp.sync` (and block barriers), counted by `sub`. Two accesses to the same
 //! byte, one of them a write, by different threads without such an order are a race.
 
+use super::exec::lanes;
 use super::program::NONE;
+use super::warp::{R32, R64};
 
 /// A lane that stands for several ones.
 const MANY: u32 = 63;
+/// Every byte of a word.
+const WHOLE: u32 = 15;
+/// Serial numbers of [`Shared::stamps`] begin again here: five bits below them say which piece it was.
+const SERIALS: u32 = 1 << 27;
 /// Lanes with disjoint bytes of one word: no statement about lanes of the same warp.
 const UNKNOWN: u32 = 62;
 
@@ -58,13 +64,21 @@ pub struct Shared {
     cells: Vec<Cell>,
     start: u32,
     known: Vec<[u32; 32]>,
+    /// By warp: what happened up to this clock, whoever did it, happened before what the warp does now. Nearly every
+    /// access passes this one comparison; only the others are looked at warp by warp.
+    settled: Vec<u32>,
+    /// By word: the last request that began a piece there, `serial << 5 | number of the piece`.
+    stamps: Vec<u32>,
+    serial: u32,
     /// Size in bytes.
     pub len: u32,
     checks: bool,
 }
 
+/// The lowest `n` < 64 bits.
+#[inline(always)]
 fn bits(n: u32) -> u64 {
-    ((1u128 << n) - 1) as u64
+    (1 << n) - 1
 }
 
 impl Shared {
@@ -83,6 +97,9 @@ impl Shared {
             },
             start: 0,
             known: vec![[0; 32]; warps],
+            settled: vec![0; warps],
+            stamps: vec![0; if checks { words } else { 0 }],
+            serial: 0,
             len,
             checks,
         }
@@ -108,6 +125,19 @@ impl Shared {
             k.fill(0);
             k[w] = self.start;
         }
+        self.settle();
+    }
+
+    /// After the clocks have moved.
+    fn settle(&mut self) {
+        let warps = self.known.len();
+        for (w, (settled, known)) in self.settled.iter_mut().zip(&self.known).enumerate() {
+            // A warp's own accesses at its present clock are ordered only by what else happens within the warp.
+            let before = |v: usize| known[v] - u32::from(v == w);
+            let all = (0..warps).map(before).min().unwrap_or(0);
+            // Older records are of another block.
+            *settled = all.max(self.start - 1);
+        }
     }
 
     /// Reads `n` <= 4 bytes inside (aligned).
@@ -119,6 +149,19 @@ impl Shared {
             2 => (w >> (at % 4 * 8)) & 0xffff,
             _ => (w >> (at % 4 * 8)) & 0xff,
         }
+    }
+
+    /// Reads `N` words for each lane from its address on (aligned to 4, inside).
+    #[inline]
+    pub fn read_lanes<const N: usize>(&self, addr: &R64) -> [R32; N] {
+        let mut to = [[0; 32]; N];
+        for l in 0..32 {
+            let i = (addr[l] as u32 / 4) as usize;
+            for (t, v) in to.iter_mut().zip(&self.data[i..i + N]) {
+                t[l] = *v;
+            }
+        }
+        to
     }
 
     /// Writes `n` <= 4 bytes inside (aligned).
@@ -141,6 +184,7 @@ impl Shared {
         self.init[(at / 64) as usize] & b == b
     }
 
+    /// Records that they are.
     #[inline]
     pub fn set_init(&mut self, at: u32, n: u32) {
         self.init[(at / 64) as usize] |= bits(n) << (at % 64);
@@ -215,6 +259,7 @@ impl Shared {
         }
     }
 
+    #[inline(always)]
     fn record(
         rec: &mut Rec,
         epoch: u32,
@@ -257,6 +302,129 @@ impl Shared {
                 pc_bytes,
             };
         }
+    }
+
+    /// The records of `N` words, from byte `at` on.
+    #[inline(always)]
+    fn words<const N: usize>(&mut self, at: u32) -> &mut [Cell; N] {
+        let i = (at / 4) as usize;
+        (&mut self.cells[i..i + N])
+            .try_into()
+            .expect("N words are N words")
+    }
+
+    /// Records that `lane` ([`NONE`]: the whole warp) reads `N` whole words that are written and not in flight, if no
+    /// write may be in a race with it; else nothing happens, and [`note_read`](Self::note_read) has to look closer.
+    #[inline(always)]
+    fn quick_read<const N: usize>(&mut self, at: u32, lane: u32, who: &Who) -> bool {
+        let w = who.warp as usize;
+        let (settled, epoch) = (self.settled[w], self.known[w][w]);
+        let lane = if lane == NONE { MANY } else { lane };
+        let cells = self.words::<N>(at);
+        if cells.iter().any(|c| c.w.epoch > settled) {
+            return false;
+        }
+        for c in cells {
+            Self::record(&mut c.r, epoch, who, lane, WHOLE, false, true);
+        }
+        true
+    }
+
+    /// A read of `n` bytes as one piece, aligned to its size; false where it needs a closer look.
+    #[inline]
+    pub fn read_piece(&mut self, at: u32, n: u32, lane: u32, who: &Who) -> bool {
+        if self.in_flight(at, n) || !self.is_init(at, n) {
+            return false;
+        }
+        match n {
+            4 => self.quick_read::<1>(at, lane, who),
+            8 => self.quick_read::<2>(at, lane, who),
+            16 => self.quick_read::<4>(at, lane, who),
+            _ => false,
+        }
+    }
+
+    /// Records that `lane` writes `n` bytes as one piece, if nothing may be in a race with it; else nothing happens.
+    #[inline]
+    pub fn write_piece(&mut self, at: u32, n: u32, lane: u32, who: &Who) -> bool {
+        match n {
+            4 => self.quick_write::<1>(at, lane, who),
+            8 => self.quick_write::<2>(at, lane, who),
+            16 => self.quick_write::<4>(at, lane, who),
+            _ => false,
+        }
+    }
+
+    #[inline(always)]
+    fn quick_write<const N: usize>(&mut self, at: u32, lane: u32, who: &Who) -> bool {
+        let w = who.warp as usize;
+        let (settled, epoch) = (self.settled[w], self.known[w][w]);
+        let cells = self.words::<N>(at);
+        if cells
+            .iter()
+            .any(|c| c.w.epoch > settled || c.r.epoch > settled)
+        {
+            return false;
+        }
+        for c in cells {
+            Self::record(&mut c.w, epoch, who, lane, WHOLE, false, false);
+        }
+        true
+    }
+
+    /// Records that the lanes in `m` read `n` bytes each, aligned to their size and inside. Lanes that read the same
+    /// piece count as one. False where something needs a closer look, lane by lane; then nothing has happened.
+    pub fn read_pieces(&mut self, addr: &R64, m: u32, n: u32, who: &Who) -> bool {
+        match n {
+            4 => self.quick_reads::<1>(addr, m, who),
+            8 => self.quick_reads::<2>(addr, m, who),
+            16 => self.quick_reads::<4>(addr, m, who),
+            _ => false,
+        }
+    }
+
+    #[inline(always)]
+    fn quick_reads<const N: usize>(&mut self, addr: &R64, m: u32, who: &Who) -> bool {
+        self.serial += 1;
+        if self.serial == SERIALS {
+            self.stamps.fill(0);
+            self.serial = 1;
+        }
+        let (mut pieces, mut readers) = ([0u32; 32], [0u32; 32]);
+        let mut count = 0;
+        let mut add = |l: usize| {
+            let at = addr[l] as u32;
+            let stamp = &mut self.stamps[(at / 4) as usize];
+            if *stamp >> 5 == self.serial {
+                readers[(*stamp & 31) as usize] = NONE;
+            } else {
+                *stamp = self.serial << 5 | count as u32;
+                (pieces[count], readers[count]) = (at, l as u32);
+                count += 1;
+            }
+        };
+        if m == u32::MAX {
+            for l in 0..32 {
+                add(l);
+            }
+        } else {
+            for l in lanes(m) {
+                add(l);
+            }
+        }
+        let settled = self.settled[who.warp as usize];
+        let n = 4 * N as u32;
+        let clear = pieces[..count].iter().all(|&at| {
+            !self.in_flight(at, n)
+                && self.is_init(at, n)
+                && self.words::<N>(at).iter().all(|c| c.w.epoch <= settled)
+        });
+        if clear {
+            for (&at, &lane) in pieces[..count].iter().zip(&readers) {
+                self.quick_read::<N>(at, lane, who);
+            }
+        }
+        clear
     }
 
     /// Records that `lane` ([`NONE`]: the whole warp) reads `bytes` (a mask) of a word.
@@ -325,5 +493,6 @@ impl Shared {
                 k[w] = next;
             }
         }
+        self.settle();
     }
 }

@@ -3,6 +3,7 @@
 use super::ast::Ty;
 use super::exec::{Block, Done, Trouble, fail, first, lanes};
 use super::float as fl;
+use super::memory::Alloc;
 use super::program::{CpAsync, Inst, Matrix, Mma, NONE, Op};
 use super::warp::{Flight, R64, Warp};
 
@@ -58,6 +59,8 @@ impl Block<'_> {
             if c.ignore_neg { !p } else { p }
         };
         let mut reading = 0u32;
+        // The allocation that the last lane read: mostly the next one's, too.
+        let mut near: Option<&Alloc> = None;
         for l in lanes(m) {
             let size = match c.src_size {
                 _ if ignore >> l & 1 == 1 => 0,
@@ -72,7 +75,7 @@ impl Block<'_> {
             }
             let at = dst[l] as u32;
             for (what, x) in [("destination", dst[l]), ("source", src[l])] {
-                if x % u64::from(n) != 0 && (size > 0 || what == "destination") {
+                if x & u64::from(n - 1) != 0 && (size > 0 || what == "destination") {
                     return Err(Box::new(Trouble {
                         lane: l as u32,
                         what: format!("misaligned {what} of a cp.async of {n} bytes: 0x{x:x}"),
@@ -80,22 +83,27 @@ impl Block<'_> {
                     }));
                 }
             }
-            let mut bytes = [0u8; 16];
+            let mut data = [0u32; 4];
             if size > 0 {
                 reading |= 1 << l;
-                let a = self.owner(l, src[l], u64::from(size), "cp.async")?;
+                let a = match near {
+                    Some(a) if a.holds(src[l].wrapping_sub(a.base), u64::from(size)) => a,
+                    _ => self.owner(l, src[l], u64::from(size), "cp.async")?,
+                };
+                near = Some(a);
                 let off = src[l] - a.base;
-                for k in 0..u64::from(size) {
-                    if self.g.checks && !a.all_init() && !a.is_init(off + k, 1) {
+                if self.g.checks && !a.all_init() {
+                    let missing = |&k: &u64| !a.is_init(off + k, 1);
+                    if let Some(k) = (0..u64::from(size)).find(missing) {
                         return Self::uninit(l, a, off + k, 1);
                     }
                 }
-                let mut k = 0;
-                while k < size {
-                    let step = if size - k >= 4 { 4 } else { 1 };
-                    let v = a.read(off + u64::from(k), step as usize).to_le_bytes();
-                    bytes[k as usize..(k + step) as usize].copy_from_slice(&v[..step as usize]);
-                    k += step;
+                for k in 0..size / 4 {
+                    data[k as usize] = a.read(off + u64::from(4 * k), 4) as u32;
+                }
+                for k in size & !3..size {
+                    let byte = a.read(off + u64::from(k), 1) as u32;
+                    data[(k / 4) as usize] |= byte << (8 * (k % 4));
                 }
             }
             if self.g.checks {
@@ -109,7 +117,7 @@ impl Block<'_> {
                 bytes: n as u8,
                 group: w.commits[l],
                 dst: at,
-                data: bytemuck::cast(bytes),
+                data,
                 pc,
             });
         }
@@ -121,14 +129,12 @@ impl Block<'_> {
 
     /// Completes the copies of the lanes in `m`: those but the last `keep` groups, or all.
     fn land(&mut self, wi: usize, m: u32, keep: Option<u32>) {
-        let flights = std::mem::take(&mut self.warps[wi].flights);
-        let mut left = Vec::new();
-        for f in flights {
+        let mut flights = std::mem::take(&mut self.warps[wi].flights);
+        flights.retain(|f| {
             let done = m >> f.lane & 1 == 1
                 && keep.is_none_or(|n| f.group + n < self.warps[wi].commits[f.lane as usize]);
             if !done {
-                left.push(f);
-                continue;
+                return true;
             }
             let n = u32::from(f.bytes);
             for k in 0..n / 4 {
@@ -138,15 +144,16 @@ impl Block<'_> {
                 self.shared.set_flight(f.dst, n, false);
                 self.shared.set_init(f.dst, n);
                 // The write happens now, for this thread; others need a barrier from here on. It was checked at issue.
-                let who = self.who(wi, f.pc);
-                for k in 0..n / 4 {
-                    let _ =
-                        self.shared
-                            .note_write(f.dst / 4 + k, 15, u32::from(f.lane), &who, false);
+                let (who, lane) = (self.who(wi, f.pc), u32::from(f.lane));
+                if !self.shared.write_piece(f.dst, n, lane, &who) {
+                    for k in 0..n / 4 {
+                        let _ = self.shared.note_write(f.dst / 4 + k, 15, lane, &who, false);
+                    }
                 }
             }
-        }
-        self.warps[wi].flights = left;
+            false
+        });
+        self.warps[wi].flights = flights;
     }
 
     /// `ldmatrix` and `stmatrix`: lane `8 q + r` holds the address of row `r` of matrix `q`; of a row's eight elements,
@@ -256,7 +263,7 @@ fn mma_avx2(w: &mut Warp, x: &Mma) {
 
 #[inline(always)]
 fn mma_any(w: &mut Warp, x: &Mma) {
-    let mut a = [[0f64; 16]; 16]; // [k][row]
+    let mut a = [[0f64; 16]; 16]; // [row][k]
     let mut b = [[0f64; 8]; 16]; // [k][column]
     let k = usize::from(x.k);
     if x.ty == Ty::Tf32 {
@@ -266,7 +273,7 @@ fn mma_any(w: &mut Warp, x: &Mma) {
             let v = w.r(x.a[r]);
             let (row, col) = (8 * (r % 2), 4 * (r / 2));
             for l in 0..32 {
-                a[col + l % 4][row + l / 4] = f(v[l]);
+                a[row + l / 4][col + l % 4] = f(v[l]);
             }
         }
         for r in 0..k / 4 {
@@ -288,8 +295,8 @@ fn mma_any(w: &mut Warp, x: &Mma) {
             let v = w.r(x.a[r]);
             let (row, col) = (8 * (r % 2), 8 * (r / 2));
             for l in 0..32 {
-                a[col + 2 * (l % 4)][row + l / 4] = f(v[l]);
-                a[col + 2 * (l % 4) + 1][row + l / 4] = f(v[l] >> 16);
+                a[row + l / 4][col + 2 * (l % 4)] = f(v[l]);
+                a[row + l / 4][col + 2 * (l % 4) + 1] = f(v[l] >> 16);
             }
         }
         for r in 0..k / 8 {
@@ -320,10 +327,10 @@ fn mma_any(w: &mut Warp, x: &Mma) {
     // Four rows at a time, so that there are enough independent sums.
     for r in (0..16).step_by(4) {
         let mut acc = [d[r], d[r + 1], d[r + 2], d[r + 3]];
-        for (a, b) in a.iter().zip(&b).take(k) {
+        for (k, b) in b.iter().enumerate().take(k) {
             for i in 0..4 {
                 for n in 0..8 {
-                    acc[i][n] = a[r + i].mul_add(b[n], acc[i][n]);
+                    acc[i][n] = a[r + i][k].mul_add(b[n], acc[i][n]);
                 }
             }
         }

@@ -110,7 +110,7 @@ impl Warp {
     }
 
     /// Writes the lanes in `m`.
-    #[inline]
+    #[inline(always)]
     pub fn put(&mut self, s: Slot, m: u32, v: &R32) {
         let d = self.r_mut(s);
         if m == u32::MAX {
@@ -122,8 +122,22 @@ impl Warp {
         }
     }
 
-    /// Writes the lanes in `m` of a 64-bit register.
+    /// Writes the lanes in `m` of the first `N` of four registers.
     #[inline]
+    pub fn put_all<const N: usize>(&mut self, regs: &[Slot; 4], m: u32, v: &[R32; N]) {
+        for (s, v) in regs.iter().zip(v) {
+            self.put(*s, m, v);
+        }
+    }
+
+    /// The first `N` of four registers.
+    #[inline]
+    pub fn all<const N: usize>(&self, regs: &[Slot; 4]) -> [&R32; N] {
+        std::array::from_fn(|k| self.r(regs[k]))
+    }
+
+    /// Writes the lanes in `m` of a 64-bit register.
+    #[inline(always)]
     pub fn put64(&mut self, s: Slot, m: u32, v: &R64) {
         let d = self.r64_mut(s);
         if m == u32::MAX {
