@@ -113,6 +113,12 @@ struct Group<'a> {
     name: &'a str,
     runs: Vec<&'a Finished>,
     imbalanced: bool,
+    /// Neither its speed nor its training time is that of the network, which ran once before.
+    features: bool,
+    /// What it is trained on, as far as settings differ in that: `long_tail=0.1`. Only settings of the same are compared.
+    on: String,
+    /// Its name without that.
+    label: String,
 }
 
 impl Group<'_> {
@@ -135,7 +141,7 @@ impl Group<'_> {
 }
 
 fn groups(runs: &[Finished]) -> Result<Vec<Group<'_>>> {
-    let mut all: Vec<Group> = vec![];
+    let (mut all, mut images): (Vec<Group>, Vec<[String; 4]>) = (vec![], vec![]);
     for run in runs {
         match all.iter_mut().find(|g| g.name == run.group) {
             Some(g) => g.runs.push(run),
@@ -145,11 +151,40 @@ fn groups(runs: &[Finished]) -> Result<Vec<Group<'_>>> {
                     name: &run.group,
                     runs: vec![run],
                     imbalanced: c.long_tail > 0.0 || c.step_imbalance > 0.0,
+                    features: c.frozen_and_same(),
+                    on: String::new(),
+                    label: run.group.clone(),
                 });
+                images.push([
+                    format!("data={}", c.data),
+                    format!("subset={}", c.subset),
+                    format!("long_tail={:?}", c.long_tail),
+                    format!("step_imbalance={:?}", c.step_imbalance),
+                ]);
             }
         }
     }
+    for (g, own) in all.iter_mut().zip(&images) {
+        let differ = (0..own.len()).filter(|&k| images.iter().any(|i| i[k] != own[k]));
+        let own: Vec<&str> = differ.map(|k| own[k].as_str()).collect();
+        g.on = own.join(" ");
+        for part in own {
+            g.label = g.label.replace(&format!(" {part}"), "");
+        }
+    }
     Ok(all)
+}
+
+/// The settings by what they are trained on.
+fn by_images<'a, 'b>(groups: &'b [Group<'a>]) -> Vec<Vec<&'b Group<'a>>> {
+    let mut all: Vec<Vec<&Group>> = vec![];
+    for g in groups {
+        match all.iter_mut().find(|same| same[0].on == g.on) {
+            Some(same) => same.push(g),
+            None => all.push(vec![g]),
+        }
+    }
+    all
 }
 
 fn with_margin(s: Summary, decimals: usize) -> String {
@@ -201,84 +236,89 @@ pub fn table(runs: &[Finished]) -> Result<Table> {
         }
         cells.push(number(g.of(Finished::gap).mean, 2));
         cells.push(duration(g.of(|r| r.train_seconds).mean));
-        cells.push(number(g.of(|r| 1e3 / r.eval.images_per_second).mean, 2));
+        cells.push(match g.features {
+            true => "-".into(),
+            false => number(g.of(|r| 1e3 / r.eval.images_per_second).mean, 2),
+        });
         t.row(cells);
     }
     Ok(t)
 }
 
-/// The best setting against each other one, where they share at least two seeds.
+/// The best setting against each other one on the same images, where they share at least two seeds.
 fn tests(groups: &[Group]) -> Option<Table> {
-    let best = groups.iter().max_by(|a, b| {
-        a.of(|r| r.eval.top1)
-            .mean
-            .total_cmp(&b.of(|r| r.eval.top1).mean)
-    })?;
-    let mut t = Table::new([
+    let sets = by_images(groups);
+    let several = sets.len() > 1;
+    let heads = [
         "best",
         "against",
         "difference in top-1",
         "seeds",
         "p (paired t)",
-    ])
-    .left(&[0, 1]);
-    for other in groups.iter().filter(|g| g.name != best.name) {
-        let pairs: Vec<(f64, f64)> = best
-            .runs
+    ];
+    let mut t = match several {
+        true => Table::new(std::iter::once("trained on").chain(heads)).left(&[0, 1, 2]),
+        false => Table::new(heads).left(&[0, 1]),
+    };
+    let top1 = |r: &Finished| r.eval.top1;
+    for same in &sets {
+        let best = same
             .iter()
-            .filter_map(|a| {
+            .max_by(|a, b| a.of(top1).mean.total_cmp(&b.of(top1).mean))?;
+        for other in same.iter().filter(|g| g.name != best.name) {
+            let pairs = best.runs.iter().filter_map(|a| {
                 let b = other.runs.iter().find(|b| b.seed == a.seed)?;
                 Some((a.eval.top1, b.eval.top1))
-            })
-            .collect();
-        let (a, b): (Vec<f64>, Vec<f64>) = pairs.into_iter().unzip();
-        let Some(p) = paired_p(&a, &b) else { continue };
-        let d: Vec<f64> = a.iter().zip(&b).map(|(x, y)| x - y).collect();
-        t.row([
-            best.name.to_string(),
-            other.name.to_string(),
-            with_margin(summary(&d), 2),
-            a.len().to_string(),
-            if p < 0.001 {
-                "< 0.001".into()
-            } else {
-                number(p, 3)
-            },
-        ]);
+            });
+            let (a, b): (Vec<f64>, Vec<f64>) = pairs.unzip();
+            let Some(p) = paired_p(&a, &b) else { continue };
+            let d: Vec<f64> = a.iter().zip(&b).map(|(x, y)| x - y).collect();
+            let cells = [
+                best.label.clone(),
+                other.label.clone(),
+                with_margin(summary(&d), 2),
+                a.len().to_string(),
+                match p < 0.001 {
+                    true => "< 0.001".into(),
+                    false => number(p, 3),
+                },
+            ];
+            t.row(several.then(|| best.on.clone()).into_iter().chain(cells));
+        }
     }
     (!t.rows().is_empty()).then_some(t)
 }
 
+/// Which setting is right most often, for each of what settings are trained on.
 fn answer(groups: &[Group]) -> String {
-    let mut ranked: Vec<&Group> = groups.iter().collect();
-    ranked.sort_by(|a, b| {
-        b.of(|r| r.eval.top1)
-            .mean
-            .total_cmp(&a.of(|r| r.eval.top1).mean)
+    let sentences = by_images(groups).into_iter().filter_map(|mut ranked| {
+        let mean = |g: &Group| g.of(|r| r.eval.top1).mean;
+        ranked.sort_by(|a, b| mean(b).total_cmp(&mean(a)));
+        let [first, second, ..] = ranked[..] else {
+            return None;
+        };
+        let (a, b) = (mean(first), mean(second));
+        let unsure = a - b < first.margin().hypot(second.margin());
+        let seeds = match first.runs.len() {
+            1 => "one seed".to_string(),
+            n => format!("{n} seeds"),
+        };
+        let on = match first.on.is_empty() {
+            true => String::new(),
+            false => format!("{}: ", first.on),
+        };
+        Some(format!(
+            "{on}{} is right most often: {a:.2} % of the test images ({seeds}), {:.2} points before {}{}.",
+            first.label,
+            a - b,
+            second.label,
+            match unsure {
+                true => "; the intervals overlap, so that this may be chance",
+                false => "",
+            }
+        ))
     });
-    let [first, second, ..] = ranked[..] else {
-        return String::new();
-    };
-    let (a, b) = (
-        first.of(|r| r.eval.top1).mean,
-        second.of(|r| r.eval.top1).mean,
-    );
-    let unsure = a - b < first.margin().hypot(second.margin());
-    let seeds = match first.runs.len() {
-        1 => "one seed".to_string(),
-        n => format!("{n} seeds"),
-    };
-    format!(
-        "{} is right most often: {a:.2} % of the test images ({seeds}), {:.2} points before {}{}.",
-        first.name,
-        a - b,
-        second.name,
-        if unsure {
-            "; the intervals overlap, so that this may be chance"
-        } else {
-            ""
-        }
-    )
+    sentences.collect::<Vec<_>>().join(" ")
 }
 
 /// Recall and precision of each class in each setting; `None` where there are more classes than a table is read for.
@@ -350,7 +390,7 @@ pub fn page(
         Block::Text(
             "Means over seeds, ± half the 95 % interval by Student's t where there are several. The gap is the training \
              accuracy of the last epoch, on augmented images while the weights change, minus the test accuracy. Times are of \
-             this machine."
+             this machine; of a frozen backbone, whose features are computed once, they are the classifier's alone."
                 .into(),
         ),
         Block::Figure(
@@ -393,64 +433,73 @@ pub fn page(
             )],
         ));
     }
-    let shown: Vec<&Group> = groups.iter().take(MOST).collect();
-    let few = |what: &str| {
-        (groups.len() > MOST).then(|| {
-            Block::Text(format!(
-                "{what} of the first {MOST} of {} settings.",
-                groups.len()
-            ))
-        })
-    };
-    let curves: Vec<RunCurve> = shown
-        .iter()
-        .filter(|g| !g.runs[0].epochs.is_empty())
-        .map(|g| RunCurve {
-            name: g.name,
-            family: g.family(),
-            epochs: &g.runs[0].epochs,
-        })
-        .collect();
-    if !curves.is_empty() {
-        let svg = plot::learning_curves(&curves)?;
-        plots.push(("curves".into(), svg.clone()));
-        let mut blocks = vec![Block::Figure(svg, "The first seed of each setting.".into())];
-        blocks.extend(few("Curves"));
-        d.sections.push(("Learning curves".into(), blocks));
-    }
-    let names = |g: &Group| -> Vec<String> {
-        g.runs[0]
-            .eval
-            .per_class
-            .iter()
-            .map(|c| c.name.clone())
-            .collect()
-    };
-    let alike: Vec<(&str, Family, &_)> = shown
-        .iter()
-        .filter(|g| names(g) == names(&groups[0]))
-        .map(|g| (g.name, g.family(), &g.runs[0].eval))
-        .collect();
-    let svg = plot::class_f1(&alike)?;
-    plots.push(("classes".into(), svg.clone()));
-    let mut blocks = vec![Block::Figure(
-        svg,
-        "F1 of the first seed of each setting.".into(),
+    let (mut curves, mut classes) = (vec![], vec![]);
+    let mut matrices = vec![Block::Text(
+        "Share of each true class (row) by predicted class (column), of the first seed.".into(),
     )];
-    blocks.extend(class_table(&alike).map(Block::Table));
-    d.sections.push(("Per class".into(), blocks));
-    let matrices = shown.iter().map(|g| {
-        let svg = plot::confusion(&g.runs[0].eval)?;
-        Ok((svg, g.name.to_string()))
-    });
-    let mut blocks = vec![
-        Block::Text(
-            "Share of each true class (row) by predicted class (column), of the first seed.".into(),
-        ),
-        Block::SideBySide(matrices.collect::<Result<_>>()?),
-    ];
-    blocks.extend(few("Matrices"));
-    d.sections.push(("Confusion matrices".into(), blocks));
+    let sets = by_images(&groups);
+    for (i, same) in sets.iter().enumerate() {
+        let name = |what: &str| match sets.len() {
+            1 => what.to_string(),
+            _ => format!("{what}-{}", i + 1),
+        };
+        if sets.len() > 1 {
+            let heading = || Block::Heading(same[0].on.clone());
+            curves.push(heading());
+            classes.push(heading());
+            matrices.push(heading());
+        }
+        let shown = &same[..same.len().min(MOST)];
+        let few = |what: &str| {
+            (same.len() > MOST).then(|| {
+                Block::Text(format!(
+                    "{what} of the first {MOST} of {} settings.",
+                    same.len()
+                ))
+            })
+        };
+        let with_epochs = shown.iter().filter(|g| !g.runs[0].epochs.is_empty());
+        let lines: Vec<RunCurve> = with_epochs
+            .map(|g| RunCurve {
+                name: &g.label,
+                family: g.family(),
+                epochs: &g.runs[0].epochs,
+            })
+            .collect();
+        if !lines.is_empty() {
+            let svg = plot::learning_curves(&lines)?;
+            plots.push((name("curves"), svg.clone()));
+            curves.push(Block::Figure(svg, "The first seed of each setting.".into()));
+            curves.extend(few("Curves"));
+        }
+        let names = |g: &Group| -> Vec<String> {
+            let classes = &g.runs[0].eval.per_class;
+            classes.iter().map(|c| c.name.clone()).collect()
+        };
+        let alike: Vec<(&str, Family, &_)> = shown
+            .iter()
+            .filter(|g| names(g) == names(same[0]))
+            .map(|g| (g.label.as_str(), g.family(), &g.runs[0].eval))
+            .collect();
+        let svg = plot::class_f1(&alike)?;
+        plots.push((name("classes"), svg.clone()));
+        classes.push(Block::Figure(
+            svg,
+            "F1 of the first seed of each setting.".into(),
+        ));
+        classes.extend(class_table(&alike).map(Block::Table));
+        let each = shown.iter().map(|g| {
+            let svg = plot::confusion(&g.runs[0].eval)?;
+            Ok((svg, g.label.clone()))
+        });
+        matrices.push(Block::SideBySide(each.collect::<Result<_>>()?));
+        matrices.extend(few("Matrices"));
+    }
+    if !curves.is_empty() {
+        d.sections.push(("Learning curves".into(), curves));
+    }
+    d.sections.push(("Per class".into(), classes));
+    d.sections.push(("Confusion matrices".into(), matrices));
     for one in analyses {
         let blocks = one.found.iter().flat_map(Findings::blocks).collect();
         d.sections.push((capital(&one.title), blocks));

@@ -53,9 +53,9 @@ impl Family {
     /// The colour of the `n`-th run of this family, as `#RRGGBB`; the first is the family's own.
     pub fn colour(self, n: usize) -> &'static str {
         let tones = match self {
-            Family::Cnn => ["#0072B2", "#56B4E9", "#5B6FD6"],
-            Family::Vit => ["#D55E00", "#E69F00", "#B5476B"],
-            Family::Other => ["#009E73", "#CC79A7", "#8C8C8C"],
+            Family::Cnn => ["#0072B2", "#56B4E9", "#5B6FD6", "#7A8FA6"],
+            Family::Vit => ["#D55E00", "#E69F00", "#B5476B", "#8C5A2B"],
+            Family::Other => ["#009E73", "#CC79A7", "#8C8C8C", "#A68A1D"],
         };
         tones[n % tones.len()]
     }

@@ -356,6 +356,12 @@ impl TrainConfig {
         }
     }
 
+    /// Whether a frozen network is given the same images in every epoch, so that it need run only once.
+    pub fn frozen_and_same(&self) -> bool {
+        let same = self.augment.is_none() && !self.mixes() && self.teacher.is_none();
+        self.freeze_backbone && same && !self.test_flip && !self.recompute
+    }
+
     /// Whether samples are mixed, so that their targets are shares of classes.
     pub fn mixes(&self) -> bool {
         self.mixup > 0.0 || self.cutmix > 0.0

@@ -141,9 +141,7 @@ pub fn train(
 
 /// Whether the network before the classifier gives the same for an image every time, so that it need run only once.
 pub(super) fn may_keep_features(setup: &Setup) -> Result<bool> {
-    let c = &setup.config;
-    let same = c.augment.is_none() && !c.mixes() && c.teacher.is_none();
-    if !c.freeze_backbone || !same || c.test_flip || c.recompute {
+    if !setup.config.frozen_and_same() {
         return Ok(false);
     }
     let mode = crate::graph::Mode {
