@@ -79,6 +79,19 @@ pub trait Backend: Send + Sync {
         String::new()
     }
 
+    /// What every launch of `graph` takes of a multiprocessor, with its node, in order; empty where there are none.
+    ///
+    /// # Errors
+    /// As [`compile`](Self::compile), or a kernel's machine code cannot be made or read.
+    fn footprints(
+        &self,
+        _graph: &Graph,
+        _options: &CompileOptions,
+        _machine: cuda::Machine,
+    ) -> Result<Vec<(usize, cuda::Footprint)>> {
+        Ok(vec![])
+    }
+
     /// Plans memory and prepares every launch of `graph`.
     ///
     /// # Errors

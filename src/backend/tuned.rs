@@ -156,6 +156,15 @@ pub fn apply(backend: Box<dyn Backend>, path: &Path) -> Result<Box<dyn Backend>>
     }))
 }
 
+impl WithTuned {
+    fn with(&self, options: &CompileOptions) -> CompileOptions {
+        CompileOptions {
+            tuned: Some(self.tuned.clone()),
+            ..options.clone()
+        }
+    }
+}
+
 impl Backend for WithTuned {
     fn name(&self) -> &'static str {
         self.inner.name()
@@ -177,12 +186,17 @@ impl Backend for WithTuned {
         self.file.clone()
     }
 
+    fn footprints(
+        &self,
+        graph: &Graph,
+        options: &CompileOptions,
+        machine: cuda::Machine,
+    ) -> Result<Vec<(usize, cuda::Footprint)>> {
+        self.inner.footprints(graph, &self.with(options), machine)
+    }
+
     fn compile(&self, graph: Arc<Graph>, options: &CompileOptions) -> Result<Box<dyn Exec>> {
-        let options = CompileOptions {
-            tuned: Some(self.tuned.clone()),
-            ..options.clone()
-        };
-        self.inner.compile(graph, &options)
+        self.inner.compile(graph, &self.with(options))
     }
 }
 

@@ -3,9 +3,10 @@
 use super::ceiling::Ceilings;
 use super::measure::{Limits, Sample};
 use super::rival::rivals;
+use crate::backend::cuda::resources::{Footprint, Machine, paired};
 use crate::backend::cuda::sim::Counters;
 use crate::backend::tuned::case_of;
-use crate::backend::{Backend, CompileOptions, Exec};
+use crate::backend::{Backend, CompileOptions, Exec, Span};
 use crate::graph::Phase;
 use crate::ops::check::{CaseGraph, case_graph, run_case, seed_of};
 use crate::ops::{Cost, Room};
@@ -51,6 +52,8 @@ pub struct KernelOptions {
     pub hot: bool,
     /// Other libraries' products too, where there are any ([`rivals`]).
     pub rivals: bool,
+    /// What the kernels take of a multiprocessor too, on CUDA.
+    pub machine: Option<Machine>,
     /// Repeats.
     pub limits: Limits,
 }
@@ -86,6 +89,18 @@ pub struct KernelReport {
     pub roofline: f64,
     /// `arithmetic` or `memory`.
     pub bound: &'static str,
+    /// Of the longest launch, where it is known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub footprint: Option<Footprint>,
+}
+
+/// What was measured, and what of it could not be.
+#[derive(Clone, Debug, Default)]
+pub struct Measured {
+    /// The rows.
+    pub rows: Vec<KernelReport>,
+    /// For people: which library is missing or wrong, what is not known.
+    pub notes: Vec<String>,
 }
 
 /// The last-level caches of today's processors are smaller.
@@ -106,7 +121,7 @@ pub fn measure_case(
     params: &str,
     options: &KernelOptions,
     ceilings: &Ceilings,
-) -> Result<Vec<KernelReport>> {
+) -> Result<Measured> {
     let case = room.build(params)?;
     let cg = case_graph(&case, seed_of(params))?;
     let nodes = &cg.graph.nodes;
@@ -135,14 +150,25 @@ pub fn measure_case(
             (ceilings, options.hot),
         )
     };
-    let mut rows = vec![];
+    let Measured {
+        mut rows,
+        mut notes,
+    } = Measured::default();
     for (variant, those) in variants(&cg, &wanted, backend, options) {
         let compile = compile_as(&cg, &those, variant);
         let Some(error) = checked(backend, room, params, variant, &compile)? else {
             continue;
         };
+        // A time is good without them.
+        let mut footprints = longest(backend, &cg, &compile, options).unwrap_or_else(|e| {
+            notes.push(format!("registers and occupancy are not known: {e}"));
+            BTreeMap::new()
+        });
         for (i, time) in time_nodes(backend, &cg, &compile, &those, options)? {
-            rows.push(report(i, variant, (error, time), true)?);
+            rows.push(KernelReport {
+                footprint: footprints.remove(&i),
+                ..report(i, variant, (error, time), true)?
+            });
         }
     }
     if options.rivals && backend.name() == "cpu" {
@@ -152,12 +178,51 @@ pub fn measure_case(
                 continue;
             };
             for rival in rivals() {
-                let measured = rival.time(&product, options.hot, options.limits)?;
-                rows.push(report(i, rival.name, measured, false)?);
+                match rival.time(&product, options.hot, options.limits) {
+                    Ok(measured) => rows.push(report(i, rival.name, measured, false)?),
+                    Err(e) => notes.push(e.to_string()),
+                }
             }
         }
     }
-    Ok(rows)
+    Ok(Measured { rows, notes })
+}
+
+/// What the longest launch of each node takes of a multiprocessor; empty where it is not asked for.
+fn longest(
+    backend: &dyn Backend,
+    cg: &CaseGraph,
+    compile: &CompileOptions,
+    options: &KernelOptions,
+) -> Result<BTreeMap<usize, Footprint>> {
+    let Some(machine) = options.machine else {
+        return Ok(BTreeMap::new());
+    };
+    let footprints = backend.footprints(&cg.graph, compile, machine)?;
+    Ok(longest_of(&traced(backend, cg, compile)?, &footprints))
+}
+
+/// By time, or by instructions where there is none.
+fn longest_of(spans: &[Span], footprints: &[(usize, Footprint)]) -> BTreeMap<usize, Footprint> {
+    let length = |s: &Span| (s.time, s.count.as_ref().map(|c| c.counters.instructions));
+    let mut longest = BTreeMap::new();
+    for (s, footprint) in spans.iter().zip(paired(spans, footprints)) {
+        let best = longest.entry(s.node).or_insert((length(s), footprint));
+        if length(s) > best.0 {
+            *best = (length(s), footprint);
+        }
+    }
+    let known = longest.into_iter();
+    known
+        .filter_map(|(node, (_, f))| Some((node, f?.clone())))
+        .collect()
+}
+
+/// One run of the case, launch by launch.
+fn traced(backend: &dyn Backend, cg: &CaseGraph, compile: &CompileOptions) -> Result<Vec<Span>> {
+    let mut exec = backend.compile(cg.graph.clone(), compile)?;
+    cg.write(exec.as_mut())?;
+    exec.run_traced(&[Phase::Forward, Phase::Backward])
 }
 
 fn row(
@@ -193,6 +258,7 @@ fn row(
             "memory"
         },
         time,
+        footprint: None,
     })
 }
 
@@ -244,17 +310,19 @@ pub fn count_case(
     compile: &CompileOptions,
 ) -> Result<BTreeMap<String, Counted>> {
     let cg = case_graph(&room.build(params)?, seed_of(params))?;
-    let mut exec = backend.compile(cg.graph.clone(), compile)?;
-    cg.write(exec.as_mut())?;
+    Ok(counted(&cg, &traced(backend, &cg, compile)?))
+}
+
+fn counted(cg: &CaseGraph, spans: &[Span]) -> BTreeMap<String, Counted> {
     let mut counts: BTreeMap<String, Counters> = BTreeMap::new();
-    for s in exec.run_traced(&[Phase::Forward, Phase::Backward])? {
+    for s in spans {
         let op = cg.graph.nodes[s.node].op.name().to_string();
-        if let Some(c) = s.count {
+        if let Some(c) = &s.count {
             counts.entry(op).or_default().merge(&c.counters);
         }
     }
     let counted = counts.into_iter().map(|(op, c)| (op, Counted::of(&c)));
-    Ok(counted.collect())
+    counted.collect()
 }
 
 /// What one kernel variant did on the simulator.
@@ -274,6 +342,9 @@ pub struct CountReport {
     pub bytes: u64,
     /// The counts.
     pub counted: Counted,
+    /// Of the longest launch, where it was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub footprint: Option<Footprint>,
 }
 
 /// Counts the kernels of `room(params)` in the simulator, variant by variant, each checked before.
@@ -294,7 +365,13 @@ pub fn count_variants(
         let Some(error) = checked(backend, room, params, variant, &compile)? else {
             continue;
         };
-        let counts = count_case(backend, room, params, &compile)?;
+        let spans = traced(backend, &cg, &compile)?;
+        let counts = counted(&cg, &spans);
+        let footprints = match options.machine {
+            Some(machine) => backend.footprints(&cg.graph, &compile, machine)?,
+            None => vec![],
+        };
+        let mut footprints = longest_of(&spans, &footprints);
         for &i in &those {
             let node = &cg.graph.nodes[i];
             let Some(counted) = counts.get(node.op.name()) else {
@@ -309,6 +386,7 @@ pub fn count_variants(
                 flops: cost.flops,
                 bytes: cost.bytes,
                 counted: counted.clone(),
+                footprint: footprints.remove(&i),
             });
         }
     }
@@ -435,6 +513,7 @@ mod tests {
             all_variants,
             hot: true,
             rivals: true,
+            machine: None,
             limits: Limits {
                 warm_up: 1,
                 min_runs: 2,
@@ -449,7 +528,9 @@ mod tests {
         };
         let (name, params) = case.split_once('(').unwrap();
         let params = params.trim_end_matches(')');
-        measure_case(cpu.as_ref(), room(name)?, params, &options, &ceilings)
+        let found = measure_case(cpu.as_ref(), room(name)?, params, &options, &ceilings)?;
+        assert!(found.notes.is_empty(), "{:?}", found.notes);
+        Ok(found.rows)
     }
 
     #[test]
@@ -470,6 +551,33 @@ mod tests {
             r.iter()
                 .all(|r| r.case == case && r.error <= 1.0 && r.roofline < 1.0)
         );
+    }
+
+    /// Every launch of a node has its footprint, and a row has that of the launch with the most instructions.
+    #[test]
+    fn rows_have_the_longest_launchs_footprint() {
+        if !crate::backend::cuda::sim_present() {
+            assert!(std::env::var("CI").is_err(), "no NVRTC");
+            return;
+        }
+        let sim = crate::backend::open("cuda:sim").unwrap();
+        let case = "n=1,h=6,c=8,k=8,r=3,pad=1,bias=1";
+        let cg = case_graph(&room("conv2d").unwrap().build(case).unwrap(), 1).unwrap();
+        let compile = CompileOptions::default();
+        let spans = traced(sim.as_ref(), &cg, &compile).unwrap();
+        for arch in [80, 90] {
+            let machine = Machine::Arch(arch);
+            let all = sim.footprints(&cg.graph, &compile, machine).unwrap();
+            assert!(paired(&spans, &all).iter().all(Option::is_some));
+            let longest = longest_of(&spans, &all);
+            assert_eq!(longest.len(), cg.graph.nodes.len());
+            assert!(longest.values().all(|f| f.arch == arch && f.registers > 16));
+            let most = |f: &&Footprint| f.kernel != "gemm.cu/column_sums";
+            assert!(longest.values().all(|f| most(&f)), "{longest:?}");
+            assert!(all.iter().any(|(_, f)| !most(&f)), "{all:?}");
+            let full = |f: &Footprint| f.occupancy.is_some_and(|o| o.share > 0.0 && o.share <= 1.0);
+            assert!(all.iter().all(|(_, f)| full(f)));
+        }
     }
 
     #[test]

@@ -4,15 +4,18 @@ mod results;
 
 use super::case::{CaseText, case};
 use super::global::Global;
+use super::occupancy::{self, OccupancyFlag};
 use super::output::{json, note, print};
 use super::step::StepFlags;
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
+use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::io::{BufRead, BufReader, IsTerminal};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
+use tilewright::backend::cuda::Machine;
 use tilewright::backend::{Backend, CompileOptions};
 use tilewright::bench::kernel::{KernelOptions, Pass, measure_case};
 use tilewright::bench::model::{
@@ -64,6 +67,8 @@ pub struct Bench {
     /// Images in a step; several as 1,8,32 or 1:64:x2
     #[arg(long, value_name = "N", default_value = "8", value_parser = batches)]
     batch: Sweep,
+    #[command(flatten)]
+    occupancy: OccupancyFlag,
     #[command(flatten)]
     step: StepFlags,
     /// Time from the start of a process to the end of its first step, with empty caches and with filled ones
@@ -268,6 +273,10 @@ impl Bench {
             all_variants: self.variant == Which::All,
             hot: self.hot,
             rivals: true,
+            machine: self
+                .occupancy
+                .machine(backend.as_ref())?
+                .or((backend.name() == "cuda").then_some(Machine::Own)),
             limits: Limits {
                 min_runs: 15,
                 ..self.limits()
@@ -278,15 +287,16 @@ impl Bench {
         }
         let mut limits = ceilings(backend.as_ref(), self.remeasure)?;
         let mut rows = vec![];
+        let mut told = BTreeSet::new();
         for case in cases {
             let mut found = measure_case(backend.as_ref(), room, case, &options, &limits)?;
-            if found.iter().any(|r| r.roofline > 1.0) {
+            if found.rows.iter().any(|r| r.roofline > 1.0) {
                 // The ceilings were measured on a busy device, or this is an artefact: measured again, it must be below.
                 note("a kernel is faster than its ceiling: the ceilings are measured again");
                 limits = ceilings(backend.as_ref(), true)?;
                 found = measure_case(backend.as_ref(), room, case, &options, &limits)?;
             }
-            if let Some(r) = found.iter().find(|r| r.roofline > 1.0) {
+            if let Some(r) = found.rows.iter().find(|r| r.roofline > 1.0) {
                 return Err(Error::run(format!(
                     "{} {} comes to {:.0} % of its roofline, which cannot be; measure the limits again on an idle device \
                      (--remeasure), or without --hot",
@@ -295,7 +305,12 @@ impl Bench {
                     100.0 * r.roofline
                 )));
             }
-            rows.extend(found);
+            for line in found.notes {
+                if told.insert(line.clone()) {
+                    note(&line);
+                }
+            }
+            rows.extend(found.rows);
         }
         let after = self.keep(
             backend.as_ref(),
@@ -309,7 +324,7 @@ impl Bench {
             }))?;
             return Ok(ExitCode::SUCCESS);
         }
-        let headings = [
+        let mut headings = vec![
             "case",
             "op",
             "variant",
@@ -322,9 +337,13 @@ impl Bench {
             "bound by",
             "error",
         ];
-        let mut t = Table::new(headings).left(&[0, 1, 2, 9]);
+        let footprints = rows.iter().any(|r| r.footprint.is_some());
+        if footprints {
+            headings.extend(occupancy::HEADINGS);
+        }
+        let mut t = Table::new(headings.clone()).left(&[0, 1, 2, 9]);
         for r in &rows {
-            t.row([
+            let mut row = vec![
                 r.case.clone(),
                 r.op.clone(),
                 r.variant.clone(),
@@ -336,7 +355,11 @@ impl Bench {
                 number(100.0 * r.roofline, 1),
                 r.bound.into(),
                 number(r.error, 3),
-            ]);
+            ];
+            if footprints {
+                row.extend(occupancy::cells(r.footprint.as_ref()));
+            }
+            t.row(row);
         }
         print(&match self.csv {
             false => t.to_text() + &after.text,

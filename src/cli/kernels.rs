@@ -8,7 +8,10 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use tilewright::backend::cuda::{Compiler, CudaCx, CudaLaunch, Precision, Target, Traits};
+use tilewright::backend::cuda::resources::resources;
+use tilewright::backend::cuda::{
+    Compiler, CudaCx, CudaLaunch, Footprint, Precision, Target, Traits,
+};
 use tilewright::ops::check::{case_graph, seed_of};
 use tilewright::ops::{ROOMS, Room, room};
 use tilewright::report::write_atomic;
@@ -107,12 +110,19 @@ impl Kernels {
             let extension = if self.ptx { "ptx" } else { "cubin" };
             let file = format!("{i:03}-{stem}.{extension}");
             write_atomic(&self.output.join(&file), &image)?;
+            let found = match self.ptx {
+                true => BTreeMap::new(),
+                false => resources(&image, self.arch).map_err(|e| e.context(source))?,
+            };
             for (entry, (l, case)) in entries {
                 let threads: u32 = l.block.iter().product();
                 let _ = writeln!(out, "{file}  {entry}  {consts}");
+                let footprint = found.get(*entry).map(|&r| {
+                    Footprint::new(self.arch, format!("{source}/{entry}"), r, threads, l.smem)
+                });
                 index.push(json!({
                     "file": file, "source": source, "entry": entry, "constants": consts, "threads": threads,
-                    "dynamic_smem": l.smem, "case": case,
+                    "dynamic_smem": l.smem, "case": case, "footprint": footprint,
                 }));
             }
         }

@@ -18,6 +18,7 @@ mod global;
 mod kernels;
 mod lab;
 mod models;
+mod occupancy;
 mod output;
 mod predict;
 mod profile;

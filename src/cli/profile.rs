@@ -1,6 +1,7 @@
 //! `profile`.
 
 use super::global::Global;
+use super::occupancy::{self, OccupancyFlag};
 use super::output::{json, note, print};
 use super::step::StepFlags;
 use clap::{Args, ValueEnum};
@@ -37,6 +38,8 @@ pub struct ProfileCommand {
     /// Images in the step
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = super::source::positive)]
     batch: usize,
+    #[command(flatten)]
+    occupancy: OccupancyFlag,
     #[command(flatten)]
     step: StepFlags,
     /// Tables of the launches put together by these
@@ -111,7 +114,15 @@ impl ProfileCommand {
             false => Direction::Train,
         };
         let options = self.step.options(g, self.batch);
-        let mut p = Profile::record(backend.as_ref(), &model, direction, &options, self.steps)?;
+        let machine = self.occupancy.machine(backend.as_ref())?;
+        let mut p = Profile::record(
+            backend.as_ref(),
+            &model,
+            direction,
+            &options,
+            self.steps,
+            machine,
+        )?;
         if !p.counted() {
             p.hold_to(&ceilings(backend.as_ref(), false)?);
             if p.above_ceiling() {
@@ -253,7 +264,7 @@ impl ProfileCommand {
             let _ = writeln!(out, "{}", t.to_text());
         }
         if self.launches {
-            let mut t = Table::new([
+            let mut headings = vec![
                 "at ms",
                 "gap us",
                 "us",
@@ -266,10 +277,14 @@ impl ProfileCommand {
                 "MFLOP",
                 "MB",
                 "% of roofline",
-            ])
-            .left(&[3, 4, 5, 6, 7, 8]);
+            ];
+            let footprints = p.launches.iter().any(|l| l.footprint.is_some());
+            if footprints {
+                headings.extend(occupancy::HEADINGS);
+            }
+            let mut t = Table::new(headings).left(&[3, 4, 5, 6, 7, 8]);
             for l in &p.launches {
-                t.row([
+                let mut row = vec![
                     ms(l.start),
                     number(1e6 * l.gap, 1),
                     number(1e6 * l.seconds, 1),
@@ -282,7 +297,11 @@ impl ProfileCommand {
                     number(l.flops as f64 / 1e6, 3),
                     number(l.bytes as f64 / 1e6, 3),
                     percent(l.share()),
-                ]);
+                ];
+                if footprints {
+                    row.extend(occupancy::cells(l.footprint.as_ref()));
+                }
+                t.row(row);
             }
             let _ = writeln!(out, "{}", t.to_text());
         }
@@ -325,11 +344,20 @@ impl ProfileCommand {
             true => p.launches.iter().collect(),
             false => p.to_fix_first(self.top),
         };
-        let mut t = Table::new(named(&["launch", "shape", "kernel"])).left(&[0, 1, 2]);
+        let footprints = p.launches.iter().any(|l| l.footprint.is_some());
+        let mut heads = named(&["launch", "shape", "kernel"]);
+        if footprints {
+            heads.extend(occupancy::HEADINGS.map(String::from));
+        }
+        let mut t = Table::new(heads).left(&[0, 1, 2]);
         for l in list {
             let names = [title(l), l.shape.clone(), l.kernel.clone()];
             let counted = l.counted.clone().unwrap_or_default();
-            t.row(names.into_iter().chain(cells(&counted)));
+            let mut row: Vec<String> = names.into_iter().chain(cells(&counted)).collect();
+            if footprints {
+                row.extend(occupancy::cells(l.footprint.as_ref()));
+            }
+            t.row(row);
         }
         let _ = writeln!(out, "{}", t.to_text());
         for (heading, group) in self.by.iter().map(|b| b.group()) {

@@ -81,6 +81,7 @@ impl Tune {
             all_variants: true,
             hot: true,
             rivals: false,
+            machine: None,
             limits: Limits {
                 min_runs: 9,
                 precision: 0.02,
@@ -98,12 +99,12 @@ impl Tune {
         for (i, (op, params)) in cases.iter().enumerate() {
             note(&format!("{}/{n}: {op}({params})", i + 1));
             let measure = || measure_case(backend.as_ref(), room(op)?, params, &options, &limits);
-            let rows = measure()?;
+            let rows = measure()?.rows;
             kernels += rows.iter().filter(|r| r.variant == RULE).count();
             let mut found = chosen(&rows);
             if !found.is_empty() {
                 // A disturbance in the first round is no reason for a choice.
-                let again = chosen(&measure()?);
+                let again = chosen(&measure()?.rows);
                 found.retain(|c| {
                     again
                         .iter()

@@ -6,8 +6,10 @@ pub mod diff;
 pub mod memory;
 pub mod trace;
 
+use crate::backend::cuda::Machine;
+use crate::backend::cuda::resources::{Footprint, paired};
 use crate::backend::cuda::sim::Counters;
-use crate::backend::{Backend, Span};
+use crate::backend::{Backend, CompileOptions, Span};
 use crate::bench::model::{Direction, Part, Step, StepOptions, Traced, phase_name, signature};
 use crate::bench::record::Origin;
 use crate::bench::{Ceilings, Sample};
@@ -92,6 +94,9 @@ pub struct Launch {
     pub bound: String,
     /// In place of the time, on the simulator.
     pub counted: Option<Counted>,
+    /// What it takes of a multiprocessor, where that was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub footprint: Option<Footprint>,
 }
 
 impl Launch {
@@ -154,15 +159,17 @@ pub enum Group {
 
 impl Profile {
     /// Profiles one step of `model`: `steps` are traced after two that are not, and the one of median length is kept.
+    /// With `machine`, every CUDA launch has its footprint.
     ///
     /// # Errors
-    /// As [`Step::new`] and [`Step::run`].
+    /// As [`Step::new`], [`Step::run`] and [`Backend::footprints`].
     pub fn record(
         backend: &dyn Backend,
         model: &Model,
         direction: Direction,
         options: &StepOptions,
         steps: usize,
+        machine: Option<Machine>,
     ) -> Result<Profile> {
         let mut step = Step::new(backend, model, direction, options)?;
         let counts = backend.name() == "cuda:sim";
@@ -180,7 +187,15 @@ impl Profile {
         }
         traced.sort_by(|a, b| a.seconds().total_cmp(&b.seconds()));
         let kept = traced.swap_remove(traced.len() / 2);
-        let launches = launches(backend.name(), step.graph(), &kept.spans);
+        let mut launches = launches(backend.name(), step.graph(), &kept.spans);
+        if let Some(machine) = machine {
+            let footprints =
+                backend.footprints(step.graph(), &CompileOptions::default(), machine)?;
+            let paired = paired(&kept.spans, &footprints);
+            for (launch, footprint) in launches.iter_mut().zip(paired) {
+                launch.footprint = footprint.cloned();
+            }
+        }
         Ok(Profile {
             origin: Origin::of(backend),
             model: model.id.clone(),
@@ -370,7 +385,7 @@ mod tests {
             launch: 0.0,
         };
         let model = find("cnn_r14").unwrap();
-        let mut p = Profile::record(cpu.as_ref(), &model, direction, &options, 3).unwrap();
+        let mut p = Profile::record(cpu.as_ref(), &model, direction, &options, 3, None).unwrap();
         p.hold_to(&ceilings);
         p
     }

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 const MAGIC: &[u8; 8] = b"twcuda1\n";
 
 /// Compiles, and keeps what it compiled.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Compiler {
     /// Where sources come from.
     pub source: KernelSource,
@@ -49,6 +49,14 @@ impl Compiler {
             nvrtc: Nvrtc::get()?,
             cache: cache_folder(),
         })
+    }
+
+    /// The same for another target.
+    pub fn with_target(&self, target: Target) -> Compiler {
+        Compiler {
+            target,
+            ..self.clone()
+        }
     }
 
     /// The NVRTC that is used.

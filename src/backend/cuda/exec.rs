@@ -4,10 +4,12 @@
 use super::compile::Compiler;
 use super::driver::{Count, Driver, GraphId, KernelId, ModuleId, Placed, Step};
 use super::launch::{ALIGN, Consts, CudaCx, CudaLaunch, Precision, Slot, WorkId, pack};
+use super::nvrtc::Target;
+use super::resources::{Footprint, Machine, resources};
 use super::sources::KernelSource;
 use crate::backend::{Backend, CompileOptions, Exec, Span};
 use crate::graph::plan::{Limits, Memory};
-use crate::graph::{Graph, Kind, Phase, Tid};
+use crate::graph::{Graph, Kind, Node, Phase, Tid};
 use crate::{Error, Result};
 use rayon::prelude::*;
 use std::collections::{HashMap, HashSet};
@@ -35,7 +37,14 @@ impl Default for CudaOptions {
     }
 }
 
+/// A source with its constants: what becomes one module.
 type Variant = (&'static str, Consts);
+
+impl CudaLaunch {
+    fn variant(&self) -> Variant {
+        (self.source, self.consts.clone())
+    }
+}
 
 #[derive(Debug, Default)]
 struct Loaded {
@@ -94,7 +103,7 @@ impl Cuda {
         let mut loaded = self.loaded.lock().unwrap_or_else(|e| e.into_inner());
         let mut seen = HashSet::new();
         let wanted: Vec<Variant> = launches
-            .map(|l| (l.source, l.consts.clone()))
+            .map(CudaLaunch::variant)
             .filter(|v| !loaded.modules.contains_key(v) && seen.insert(v.clone()))
             .collect();
         let images = wanted
@@ -108,10 +117,25 @@ impl Cuda {
         Ok(())
     }
 
+    /// What every node launches.
+    fn describe(&self, graph: &Graph, options: &CompileOptions) -> Result<Vec<Described>> {
+        let precision = options.precision.unwrap_or(self.options.precision);
+        let describe = |node: &Node| {
+            let (x, y) = graph.node_specs(node);
+            let variant = options.variant(self.name(), node.op.as_ref(), (&x, &y))?;
+            let mut cx = CudaCx::new(self.driver.traits(), precision, &x, &y, variant);
+            node.op.cuda(&mut cx).map_err(|e| e.context(&node.scope))?;
+            Ok(Described {
+                launches: cx.launches,
+                work: cx.work,
+            })
+        };
+        graph.nodes.iter().map(describe).collect()
+    }
+
     fn kernel(&self, launch: &CudaLaunch) -> Result<KernelId> {
         let mut loaded = self.loaded.lock().unwrap_or_else(|e| e.into_inner());
-        let variant = (launch.source, launch.consts.clone());
-        let module = loaded.modules[&variant];
+        let module = loaded.modules[&launch.variant()];
         let large = launch.smem > 48 << 10;
         let key = (
             module,
@@ -275,20 +299,45 @@ impl Backend for Cuda {
         self.driver.take_counts()
     }
 
+    fn footprints(
+        &self,
+        graph: &Graph,
+        options: &CompileOptions,
+        machine: Machine,
+    ) -> Result<Vec<(usize, Footprint)>> {
+        let described = self.describe(graph, options)?;
+        let launches = || described.iter().flat_map(|d| &d.launches);
+        let arch = machine.arch(self.driver.target());
+        // On a device these are what it runs, out of the cache.
+        let compiler = self.compiler.with_target(Target::Cubin(arch));
+        let variants: HashSet<Variant> = launches().map(CudaLaunch::variant).collect();
+        let known = variants
+            .into_par_iter()
+            .map(|v| {
+                let image = compiler.image(v.0, &v.1)?;
+                let found = resources(&image, arch).map_err(|e| e.context(v.0))?;
+                Ok((v, found))
+            })
+            .collect::<Result<HashMap<_, _>>>()?;
+        let footprint = |l: &CudaLaunch| -> Result<Footprint> {
+            let kernel = format!("{}/{}", l.source, l.entry);
+            let found = known.get(&l.variant()).and_then(|m| m.get(l.entry));
+            let found = found.ok_or_else(|| {
+                Error::run(format!(
+                    "the machine code of {} has no {}",
+                    l.source, l.entry
+                ))
+            })?;
+            let threads = l.block.iter().product();
+            Ok(Footprint::new(arch, kernel, *found, threads, l.smem))
+        };
+        let nodes = described.iter().enumerate();
+        let all = nodes.flat_map(|(i, d)| d.launches.iter().map(move |l| (i, l)));
+        all.map(|(i, l)| Ok((i, footprint(l)?))).collect()
+    }
+
     fn compile(&self, graph: Arc<Graph>, options: &CompileOptions) -> Result<Box<dyn Exec>> {
-        let traits = self.driver.traits();
-        let precision = options.precision.unwrap_or(self.options.precision);
-        let mut described = Vec::with_capacity(graph.nodes.len());
-        for node in &graph.nodes {
-            let (x, y) = graph.node_specs(node);
-            let variant = options.variant(self.name(), node.op.as_ref(), (&x, &y))?;
-            let mut cx = CudaCx::new(traits, precision, &x, &y, variant);
-            node.op.cuda(&mut cx).map_err(|e| e.context(&node.scope))?;
-            described.push(Described {
-                launches: cx.launches,
-                work: cx.work,
-            });
-        }
+        let described = self.describe(&graph, options)?;
         let work: Vec<usize> = described
             .iter()
             .map(|d| d.work.iter().map(|w| w.next_multiple_of(ALIGN)).sum())

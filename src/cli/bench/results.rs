@@ -1,6 +1,7 @@
 //! What `bench` does with results: records, comparisons, pages, the history.
 
 use super::super::global::Global;
+use super::super::occupancy;
 use super::super::output::{json, note, print};
 use super::Bench;
 use serde_json::{Value, json};
@@ -312,7 +313,7 @@ pub fn counts(
         json(&json!({"origin": Origin::of(backend), "counted": rows}))?;
         return Ok(ExitCode::SUCCESS);
     }
-    let headings = [
+    let mut headings = vec![
         "case",
         "op",
         "variant",
@@ -327,10 +328,13 @@ pub fn counts(
         "barriers",
         "error",
     ];
+    if options.machine.is_some() {
+        headings.extend(occupancy::HEADINGS);
+    }
     let mut t = Table::new(headings).left(&[0, 1, 2]);
     for r in &rows {
         let c = &r.counted;
-        t.row([
+        let mut row = vec![
             r.case.clone(),
             r.op.clone(),
             r.variant.clone(),
@@ -344,7 +348,11 @@ pub fn counts(
             c.bank_conflicts.to_string(),
             c.barriers.to_string(),
             number(r.error, 3),
-        ]);
+        ];
+        if options.machine.is_some() {
+            row.extend(occupancy::cells(r.footprint.as_ref()));
+        }
+        t.row(row);
     }
     print(&t.to_text())?;
     Ok(ExitCode::SUCCESS)

@@ -133,6 +133,7 @@ impl Bench<'_> {
                 all_variants: false,
                 hot: true,
                 rivals: false,
+                machine: None,
                 limits: Limits {
                     warm_up: 2,
                     min_runs: 9,
