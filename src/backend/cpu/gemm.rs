@@ -20,8 +20,8 @@ const A_BLOCK: usize = 96 * 1024;
 const B_BLOCK: usize = 80 * 1024;
 /// Values of k for which a block of A is packed at a time.
 const PACK_DEPTH: usize = 32;
-/// Products with fewer multiply-adds than this stay on the calling thread.
-const SERIAL_MACS: usize = 1 << 17;
+/// Products with fewer multiply-adds than this stay on the calling thread: waking another takes as long as they do.
+const SERIAL_MACS: usize = 1 << 21;
 
 /// A matrix operand: element `(i, j)` is `data[i * row_stride + j * col_stride]`.
 #[derive(Clone, Copy, Debug)]

@@ -3,8 +3,10 @@
 
 use rayon::prelude::*;
 
-/// Elements below which work is not worth another thread.
+/// Elements of a task.
 const GRAIN: usize = 16 * 1024;
+/// Elements below which work is not worth waking another thread.
+const SERIAL: usize = 2 * GRAIN;
 
 /// A raw pointer that may be shared between threads which write disjoint elements through it.
 #[derive(Clone, Copy, Debug)]
@@ -47,8 +49,10 @@ pub fn rows_per_chunk(width: usize) -> usize {
 /// Calls `f(first_row, rows)` on chunks of whole rows of `y` (each row `width` long).
 pub fn rows(y: &mut [f32], width: usize, f: impl Fn(usize, &mut [f32]) + Send + Sync) {
     let per = rows_per_chunk(width);
-    if y.len() <= GRAIN {
-        f(0, y);
+    if y.len() <= SERIAL {
+        for (i, c) in y.chunks_mut(per * width.max(1)).enumerate() {
+            f(i * per, c);
+        }
     } else {
         y.par_chunks_mut(per * width)
             .enumerate()
@@ -93,7 +97,7 @@ pub fn column_sums(
             f(r, sums);
         }
     };
-    if rows * width <= GRAIN {
+    if rows * width <= SERIAL {
         partial.chunks_mut(width).enumerate().for_each(body);
     } else {
         partial.par_chunks_mut(width).enumerate().for_each(body);

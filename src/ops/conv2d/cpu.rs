@@ -19,7 +19,7 @@ pub mod exact;
 mod wgrad;
 mod winograd;
 
-use super::shape::{Algorithm, ConvShape};
+use super::shape::{Algorithm, ConvShape, Pass};
 use crate::backend::cpu::gemm::{Mat, PackedB, column_sums, gemm, gemm_packed};
 use crate::backend::cpu::kernel::{Kernels, MAX_MR, MAX_NR, Rows, kernels};
 use crate::backend::cpu::pack::{pack_panel_cols, pack_panel_rows, packed_len};
@@ -139,16 +139,11 @@ pub(super) fn algorithm(variant: Option<&str>) -> Result<Algorithm> {
     }
 }
 
-/// The algorithm that [`fprop`], [`dgrad`] (with `dgrad`) and [`wgrad`] use for this shape.
-pub fn variant(shape: &ConvShape, dgrad: bool) -> &'static str {
-    let make = if dgrad {
-        Winograd::dgrad
-    } else {
-        Winograd::fprop
-    };
+/// The algorithm that this pass uses for this shape.
+pub fn variant(shape: &ConvShape, pass: Pass) -> &'static str {
     if shape.is_matrix_product() {
         "product"
-    } else if make(kernels(), shape).is_some_and(|w| w.wins()) {
+    } else if Winograd::chosen(kernels(), shape, pass).is_some() {
         "winograd_4x4"
     } else {
         "implicit_gemm"
@@ -156,13 +151,8 @@ pub fn variant(shape: &ConvShape, dgrad: bool) -> &'static str {
 }
 
 /// Floating-point operations of the algorithm that [`variant`] names; Winograd's transforms are not counted.
-pub(super) fn executed(shape: &ConvShape, dgrad: bool) -> u64 {
-    let make = if dgrad {
-        Winograd::dgrad
-    } else {
-        Winograd::fprop
-    };
-    match make(kernels(), shape).filter(Winograd::wins) {
+pub(super) fn executed(shape: &ConvShape, pass: Pass) -> u64 {
+    match Winograd::chosen(kernels(), shape, pass) {
         Some(w) if !shape.is_matrix_product() => w.products(),
         _ => trim(shape).0.flops(),
     }
@@ -380,7 +370,7 @@ fn fprop_with(
         return;
     }
     let ep = RawEpilogue::new(ep);
-    if let Some(job) = Winograd::fprop(kernels, full).filter(Winograd::wins) {
+    if let Some(job) = Winograd::chosen(kernels, full, Pass::Fprop) {
         return job.run(x, packed, ep, y);
     }
     let [sh, sw] = s.stride;
@@ -548,7 +538,7 @@ fn dgrad_with(
     with_floats(s.groups * group_len, |packed| {
         pack_dgrad(kernels, full, w, packed);
         let packed = &*packed;
-        if let Some(job) = Winograd::dgrad(kernels, full).filter(Winograd::wins) {
+        if let Some(job) = Winograd::chosen(kernels, full, Pass::Dgrad) {
             return job.run(dy, packed, ep, dx);
         }
         parallel_for(blocks.count() * parts, |task| {

@@ -9,7 +9,7 @@ mod reference;
 pub mod shape;
 pub mod wgpu;
 
-pub use shape::ConvShape;
+pub use shape::{ConvShape, Pass};
 
 use super::act::{Act, ActBwd};
 use super::{Case, Cost, Host, Op, Product, Room, traffic};
@@ -122,7 +122,7 @@ impl Op for Conv2d {
     }
 
     fn executed(&self, backend: &str, variant: Option<&str>, x: &[Spec], _y: &[Spec]) -> u64 {
-        executed((backend, variant), &self.shape(x), false)
+        executed((backend, variant), &self.shape(x), Pass::Fprop)
     }
 
     fn backward(&self, node: &Fwd, b: &mut Backward) -> Result<()> {
@@ -251,14 +251,14 @@ impl Op for Conv2d {
 }
 
 /// Operations of the default kernel of a backend.
-fn executed((backend, variant): (&str, Option<&str>), shape: &ConvShape, dgrad: bool) -> u64 {
+fn executed((backend, variant): (&str, Option<&str>), shape: &ConvShape, pass: Pass) -> u64 {
     match (backend, cpu::algorithm(variant)) {
         ("cpu", Ok(algorithm)) if variant != Some("float64_sums") => {
             let shape = ConvShape {
                 algorithm,
                 ..*shape
             };
-            cpu::executed(&shape, dgrad)
+            cpu::executed(&shape, pass)
         }
         _ => shape.flops(),
     }
@@ -331,7 +331,7 @@ impl Op for Conv2dDgrad {
 
     fn executed(&self, backend: &str, variant: Option<&str>, x: &[Spec], _y: &[Spec]) -> u64 {
         let shape = self.shape(x).expect("checked by the shape rule");
-        executed((backend, variant), &shape, true)
+        executed((backend, variant), &shape, Pass::Dgrad)
     }
 
     fn product(&self, x: &[Spec]) -> Option<Product> {
@@ -449,7 +449,7 @@ impl Op for Conv2dWgrad {
 
     fn executed(&self, backend: &str, variant: Option<&str>, x: &[Spec], _y: &[Spec]) -> u64 {
         let shape = self.shape(x).expect("checked by the shape rule");
-        executed((backend, variant), &shape, false)
+        executed((backend, variant), &shape, Pass::Wgrad)
     }
 
     fn product(&self, x: &[Spec]) -> Option<Product> {

@@ -14,6 +14,14 @@ pub enum Algorithm {
     Winograd,
 }
 
+/// One of the three products of a convolution.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pass {
+    Fprop,
+    Dgrad,
+    Wgrad,
+}
+
 /// Sizes of a convolution: input `[n, h, w, c]`, weights `[k, r, s, c / groups]`, output `[n, ho, wo, k]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ConvShape {

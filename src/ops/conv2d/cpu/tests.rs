@@ -229,6 +229,7 @@ fn winograd_on_any_size() {
             ([3, 4, 6, 32], 32, 2),
             ([1, 14, 14, 256], 64, 1),
             ([9, 23, 24, 16], 32, 1),
+            ([2, 10, 9, 96], 272, 1),
         ] {
             let s = shape(input, [k, 3, 3], 1, pad, 1);
             let (x, w, dy) = (
@@ -288,6 +289,7 @@ fn same_bits_on_any_number_of_threads() {
         shape([8, 14, 14, 128], [96, 3, 3], 2, 1, 1),
         shape([8, 14, 14, 32], [32, 3, 3], 1, 1, 1),
         shape([40, 24, 24, 16], [32, 3, 3], 1, 1, 1),
+        shape([1, 14, 14, 256], [240, 3, 3], 1, 1, 1),
     ] {
         let (x, w, dy) = (
             random(s.input_len(), 1),
@@ -321,9 +323,15 @@ fn the_shape_chooses_the_algorithm() {
         (shape([8, 56, 56, 64], [64, 3, 3], 2, 1, 1), "implicit_gemm"),
         (shape([8, 56, 56, 3], [64, 3, 3], 1, 1, 1), "implicit_gemm"),
         (shape([8, 56, 56, 64], [64, 1, 1], 1, 0, 1), "product"),
+        (
+            shape([1, 14, 14, 256], [256, 3, 3], 1, 1, 1),
+            "winograd_4x4",
+        ),
+        (shape([1, 7, 7, 512], [512, 3, 3], 1, 1, 1), "implicit_gemm"),
+        (shape([4, 7, 7, 512], [512, 3, 3], 1, 1, 1), "winograd_4x4"),
     ] {
-        assert_eq!(variant(&s, false), want, "{s:?}");
-        assert_eq!(variant(&s, true), want, "{s:?}");
+        assert_eq!(variant(&s, Pass::Fprop), want, "{s:?}");
+        assert_eq!(variant(&s, Pass::Dgrad), want, "{s:?}");
     }
 }
 

@@ -6,7 +6,7 @@ use crate::backend::cpu::kernel::{Kernels, MAX_MR, MAX_NR, Outer};
 use crate::backend::cpu::parallel::{Shared, parallel_for, part};
 use crate::backend::cpu::scratch::{with_floats, with_indices};
 use crate::backend::cpu::{Finish, RawEpilogue};
-use crate::ops::conv2d::ConvShape;
+use crate::ops::conv2d::{ConvShape, Pass};
 use std::ops::Range;
 
 /// Weights up to this size (floats) are summed in partial copies by wgrad.
@@ -35,7 +35,7 @@ pub(super) fn wgrad_with(
         }
         return;
     }
-    if let Some(job) = Winograd::fprop(kernels, full).filter(Winograd::wins) {
+    if let Some(job) = Winograd::chosen(kernels, full, Pass::Wgrad) {
         return job.wgrad(x, dy, dw, accumulate);
     }
     let trimmed = s.weight_len() < total;

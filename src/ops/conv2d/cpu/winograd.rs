@@ -3,8 +3,10 @@
 //! Blocks of 4x4 outputs ("tiles") are taken in groups. A group's inputs are transformed to `V[36][tile][C]`, multiplied
 //! with the transformed weights `U[36][panel][C][nr]` to `M[36][panel][tile][nr]`, and transformed back with the
 //! epilogue. The weight gradient transforms inputs and output gradients, sums their products over tiles in groups that
-//! the shape fixes, and transforms the sums. With many tiles each task takes groups of its own, which fit in L2; with few, all threads share one group
-//! and take the three steps together. The same sums are made either way, so the bits do not depend on the threads.
+//! the shape fixes, and transforms the sums. With many tiles each task takes groups of its own, which fit in L2; with
+//! few, all threads share one group and take the three steps together; where the weights are larger than the inputs,
+//! each task takes output channels of its own. The same sums are made either way, so the bits do not depend on the
+//! threads.
 //!
 //! The relative error (L2) is about 1e-6, some times that of direct summation.
 
@@ -17,7 +19,7 @@ use crate::backend::cpu::winograd::{
 };
 use crate::backend::cpu::{Finish, RawEpilogue};
 use crate::ops::act::Act;
-use crate::ops::conv2d::shape::{Algorithm, ConvShape};
+use crate::ops::conv2d::shape::{Algorithm, ConvShape, Pass};
 use std::ops::Range;
 
 /// Floats of V and M that a task keeps in its L2 cache.
@@ -98,17 +100,28 @@ impl Winograd {
         self.n * self.tiles_of_image().iter().product::<usize>()
     }
 
-    /// Whether it is asked for or faster than direct summation: compares vector operations, with the transforms' as
-    /// measured.
-    pub fn wins(&self) -> bool {
-        if self.algorithm != Algorithm::Auto {
-            return self.algorithm == Algorithm::Winograd;
-        }
+    /// For this pass of `s`, if it is asked for or faster than direct summation.
+    pub fn chosen(kernels: &'static Kernels, s: &ConvShape, pass: Pass) -> Option<Self> {
+        let job = match pass {
+            Pass::Dgrad => Self::dgrad(kernels, s),
+            Pass::Fprop | Pass::Wgrad => Self::fprop(kernels, s),
+        };
+        job.filter(|w| match w.algorithm {
+            Algorithm::Auto => w.wins(pass),
+            Algorithm::Winograd => true,
+            Algorithm::ImplicitGemm => false,
+        })
+    }
+
+    /// Compares vector operations, with the transforms' as measured: those of the weights cost what it takes to move
+    /// their 36 positions, in the gradient of the weights to memory and back.
+    fn wins(&self, pass: Pass) -> bool {
         let [c, k] = [self.c, self.k].map(|v| v / self.kernels.lanes);
         let direct = self.n * self.ho * self.wo * 9 * self.c * k;
-        let transforms = self.tiles() * (250 * c + 200 * k) + 200 * self.c * k;
+        let inputs_and_outputs = self.tiles() * (250 * c + 200 * k);
         let products = self.tiles() * POSITIONS * self.c * k;
-        5 * (products + transforms) < 4 * direct
+        let weights = self.c * k * if pass == Pass::Wgrad { 1650 } else { 500 };
+        5 * (products + inputs_and_outputs) + 4 * weights < 4 * direct
     }
 
     /// Floating-point operations of the products over channels.
@@ -124,66 +137,121 @@ impl Winograd {
     /// `y = epilogue(conv(x))` with the weights packed as for direct summation, `[panel][(r, s, c)][nr]`.
     pub fn run(&self, x: &[f32], packed: &[f32], ep: RawEpilogue, y: &mut [f32]) {
         debug_assert!(matches!(ep.act, None | Some(Act::Relu)));
-        let tiles = self.tiles();
-        let floats = POSITIONS * (self.v_step() + self.k);
-        let mr = self.kernels.mr();
-        let threads = rayon::current_num_threads();
         let y = Shared::new(y);
-        with_floats(POSITIONS * self.c * self.k + self.c, |u| {
-            let (u, zeros) = u.split_at_mut(POSITIONS * self.c * self.k);
+        with_floats(self.c, |zeros| {
             zeros.fill(0.0);
-            self.transform_weights(packed, u);
             let job = Job {
                 w: self,
                 x,
-                u,
+                u: &[],
+                cols: 0..self.k,
                 zeros,
                 y,
                 ep,
             };
-            let own = (GROUP_FLOATS / floats / mr * mr).max(2 * mr);
-            if threads == 1 || tiles >= 3 * threads * own {
-                let groups = tiles.div_ceil(own);
-                parallel_for(groups, |g| {
-                    let tiles = part(tiles, groups, g);
-                    with_floats(tiles.len() * floats, |vm| {
-                        let (v, m) = vm.split_at_mut(tiles.len() * POSITIONS * self.v_step());
-                        let group = Group {
-                            job: &job,
-                            tiles: tiles.clone(),
-                            v: Shared::new(v),
-                            m: Shared::new(m),
-                        };
-                        group.input(0..tiles.len());
-                        group.products(0..POSITIONS, 0..self.panels());
-                        group.output(0..tiles.len());
-                    });
-                });
-                return;
-            }
-            let groups = (tiles * floats).div_ceil(SHARED_FLOATS);
-            for g in 0..groups {
-                let tiles = part(tiles, groups, g);
-                let count = tiles.len();
-                with_floats(count * floats, |vm| {
-                    let (v, m) = vm.split_at_mut(count * POSITIONS * self.v_step());
-                    let group = Group {
-                        job: &job,
-                        tiles,
-                        v: Shared::new(v),
-                        m: Shared::new(m),
-                    };
-                    let parts = count.min(8 * threads);
-                    let panel_parts = (8 * threads).div_ceil(POSITIONS).min(self.panels());
-                    parallel_for(parts, |i| group.input(part(count, parts, i)));
-                    parallel_for(POSITIONS * panel_parts, |i| {
-                        let e = i / panel_parts;
-                        group.products(e..e + 1, part(self.panels(), panel_parts, i % panel_parts));
-                    });
-                    parallel_for(parts, |i| group.output(part(count, parts, i)));
+            if self.weights_prevail() {
+                self.run_by_panels(packed, &job);
+            } else {
+                with_floats(POSITIONS * self.c * self.k, |u| {
+                    self.transform_weights(packed, 0..self.panels(), u);
+                    self.run_by_tiles(&Job { u, ..job });
                 });
             }
         });
+    }
+
+    /// Whether U is larger than V, and there are panels for every thread to have some.
+    fn weights_prevail(&self) -> bool {
+        let v = self.tiles() * self.v_step();
+        v < self.c * self.k
+            && POSITIONS * v <= SHARED_FLOATS
+            && self.panels() >= 2 * rayon::current_num_threads()
+    }
+
+    /// The inputs of all tiles first; then each task takes a panel of output channels, whose transformed weights are
+    /// used where they were made and never travel to memory.
+    fn run_by_panels(&self, packed: &[f32], job: &Job) {
+        let count = self.tiles();
+        with_floats(count * POSITIONS * self.v_step(), |v| {
+            let group = Group {
+                job,
+                tiles: 0..count,
+                v: Shared::new(v),
+                m: Shared::at(std::ptr::null_mut()),
+            };
+            let parts = count.min(8 * rayon::current_num_threads());
+            parallel_for(parts, |i| group.input(part(count, parts, i)));
+            parallel_for(self.panels(), |p| {
+                let (j, nr) = self.panel(p);
+                with_floats(POSITIONS * (self.c + count) * nr, |um| {
+                    let (u, m) = um.split_at_mut(POSITIONS * self.c * nr);
+                    self.transform_weights(packed, p..p + 1, u);
+                    let group = Group {
+                        job: &Job {
+                            u,
+                            cols: j..j + nr,
+                            ..job.clone()
+                        },
+                        tiles: 0..count,
+                        v: group.v,
+                        m: Shared::new(m),
+                    };
+                    group.products(0..POSITIONS, p..p + 1);
+                    group.output(0..count, p..p + 1);
+                });
+            });
+        });
+    }
+
+    /// With many tiles each task takes groups of its own; with few, all threads share one group.
+    fn run_by_tiles(&self, job: &Job) {
+        let tiles = self.tiles();
+        let floats = POSITIONS * (self.v_step() + self.k);
+        let mr = self.kernels.mr();
+        let threads = rayon::current_num_threads();
+        let panels = self.panels();
+        let own = (GROUP_FLOATS / floats / mr * mr).max(2 * mr);
+        if threads == 1 || tiles >= 3 * threads * own {
+            let groups = tiles.div_ceil(own);
+            parallel_for(groups, |g| {
+                let tiles = part(tiles, groups, g);
+                with_floats(tiles.len() * floats, |vm| {
+                    let (v, m) = vm.split_at_mut(tiles.len() * POSITIONS * self.v_step());
+                    let group = Group {
+                        job,
+                        tiles: tiles.clone(),
+                        v: Shared::new(v),
+                        m: Shared::new(m),
+                    };
+                    group.input(0..tiles.len());
+                    group.products(0..POSITIONS, 0..panels);
+                    group.output(0..tiles.len(), 0..panels);
+                });
+            });
+            return;
+        }
+        let groups = (tiles * floats).div_ceil(SHARED_FLOATS);
+        for g in 0..groups {
+            let tiles = part(tiles, groups, g);
+            let count = tiles.len();
+            with_floats(count * floats, |vm| {
+                let (v, m) = vm.split_at_mut(count * POSITIONS * self.v_step());
+                let group = Group {
+                    job,
+                    tiles,
+                    v: Shared::new(v),
+                    m: Shared::new(m),
+                };
+                let parts = count.min(8 * threads);
+                let panel_parts = (8 * threads).div_ceil(POSITIONS).min(panels);
+                parallel_for(parts, |i| group.input(part(count, parts, i)));
+                parallel_for(POSITIONS * panel_parts, |i| {
+                    let e = i / panel_parts;
+                    group.products(e..e + 1, part(panels, panel_parts, i % panel_parts));
+                });
+                parallel_for(parts, |i| group.output(part(count, parts, i), 0..panels));
+            });
+        }
     }
 
     fn panels(&self) -> usize {
@@ -196,21 +264,23 @@ impl Winograd {
         (j, self.kernels.panel(self.k, j))
     }
 
-    /// `U[36][panel][C][nr]` from `[panel][(r, s, c)][nr]`.
-    fn transform_weights(&self, packed: &[f32], u: &mut [f32]) {
+    /// `U[36][panel][C][nr]` of these panels from `[panel][(r, s, c)][nr]` of all.
+    fn transform_weights(&self, packed: &[f32], panels: Range<usize>, u: &mut [f32]) {
         const CHANNELS: usize = 16;
+        let step = u.len() / POSITIONS;
+        let first = panels.start * self.kernels.nr();
         let u = Shared::new(u);
         let blocks = self.c.div_ceil(CHANNELS);
-        parallel_for(self.panels() * blocks, |i| {
-            let (j, nr) = self.panel(i / blocks);
+        for_each(panels.len() > 1, panels.len() * blocks, |i| {
+            let (j, nr) = self.panel(panels.start + i / blocks);
             let c = i % blocks * CHANNELS;
             let args = Weights {
                 w: packed[(9 * j) * self.c + c * nr..].as_ptr(),
                 w_step: self.c * nr,
                 len: CHANNELS.min(self.c - c) * nr,
                 // SAFETY: inside U; this task alone writes these channels of this panel.
-                out: unsafe { u.get().add(j * self.c + c * nr) },
-                step: self.c * self.k,
+                out: unsafe { u.get().add((j - first) * self.c + c * nr) },
+                step,
             };
             // SAFETY: nine taps of this panel, and 36 positions.
             unsafe { (self.kernels.winograd_weights)(&args) }
@@ -422,10 +492,13 @@ impl Winograd {
     }
 }
 
+#[derive(Clone)]
 struct Job<'a> {
     w: &'a Winograd,
     x: &'a [f32],
+    /// Transformed weights of the output channels `cols`.
     u: &'a [f32],
+    cols: Range<usize>,
     /// `c` zeros: a pixel in the padding.
     zeros: &'a [f32],
     y: Shared,
@@ -443,7 +516,7 @@ struct Group<'a> {
 impl Group<'_> {
     /// Transforms the inputs of tiles `ts` of the group.
     fn input(&self, ts: Range<usize>) {
-        let Job { w, x, zeros, .. } = *self.job;
+        let Job { w, x, zeros, .. } = self.job;
         for t in ts {
             let pixel = w.pixels(x, zeros, self.tiles.start + t);
             let args = Input {
@@ -460,7 +533,7 @@ impl Group<'_> {
 
     /// Multiplies at positions `es` for the panels `ps`.
     fn products(&self, es: Range<usize>, ps: Range<usize>) {
-        let Job { w, u, .. } = *self.job;
+        let Job { w, u, cols, .. } = self.job;
         let count = self.tiles.len();
         let parts = count.div_ceil(w.kernels.mr());
         for e in es {
@@ -473,11 +546,11 @@ impl Group<'_> {
                         a: self.v.get(),
                         row: &row[..ts.len()],
                         seg_a: &[e * count * w.v_step()],
-                        seg_b: &[e * w.c * w.k + j * w.c],
+                        seg_b: &[(e * cols.len() + j - cols.start) * w.c],
                         len: w.c,
                         b: u.as_ptr(),
                         // SAFETY: inside M; the lines of these tiles in this panel.
-                        out: unsafe { self.m.get().add((e * w.k + j) * count + ts.start * nr) },
+                        out: unsafe { self.m(e, j, ts.start * nr) },
                     };
                     // SAFETY: V, U and M cover this position, these tiles and this panel.
                     unsafe { w.kernels.rows(nr, &args) }
@@ -486,20 +559,34 @@ impl Group<'_> {
         }
     }
 
-    /// Transforms tiles `ts` of the group back and stores them.
-    fn output(&self, ts: Range<usize>) {
-        let Job { w, y, ep, .. } = *self.job;
+    /// Where `M[36][panel][tile][nr]` has position `e` of the panel that begins at column `j`, and `at` floats on.
+    ///
+    /// # Safety
+    /// M has them.
+    unsafe fn m(&self, e: usize, j: usize, at: usize) -> *mut f32 {
+        let cols = &self.job.cols;
+        // SAFETY: the function's contract.
+        unsafe {
+            let line = e * cols.len() + j - cols.start;
+            self.m.get().add(line * self.tiles.len() + at)
+        }
+    }
+
+    /// Transforms tiles `ts` of the group back and stores them, for the panels `ps`.
+    fn output(&self, ts: Range<usize>, ps: Range<usize>) {
+        let Job { w, y, ep, cols, .. } = self.job;
         let count = self.tiles.len();
         for t in ts {
             let [image, oh, ow] = w.place(self.tiles.start + t);
-            for p in 0..w.panels() {
+            for p in ps.clone() {
                 let (j, nr) = w.panel(p);
                 let at = ((image * w.ho + oh) * w.wo + ow) * w.k + j;
                 let plus =
                     |p: *const f32, n: usize| if p.is_null() { p } else { p.wrapping_add(n) };
                 let args = Output {
-                    m: self.m.get().wrapping_add(j * count + t * nr),
-                    step: count * w.k,
+                    // SAFETY: the line of this tile in this panel.
+                    m: unsafe { self.m(0, j, t * nr) },
+                    step: count * cols.len(),
                     len: nr,
                     y: y.get().wrapping_add(at),
                     row_step: w.wo * w.k,
