@@ -257,6 +257,171 @@ fn the_lab_sees_every_save() {
     reader.join().unwrap();
 }
 
+/// A terminal of 100 by 30 with the program in it; what is on its screen.
+#[cfg(unix)]
+struct Terminal {
+    child: std::process::Child,
+    keys: std::fs::File,
+    screen: std::sync::Arc<std::sync::Mutex<vt100::Parser>>,
+}
+
+#[cfg(unix)]
+impl Terminal {
+    fn start(dir: &Path, args: &[&str]) -> Terminal {
+        use std::io::Read;
+        use std::num::NonZero;
+        use std::os::fd::{FromRawFd, OwnedFd};
+        use std::os::unix::process::CommandExt;
+        let (mut ours, mut theirs) = (0, 0);
+        const ROWS: NonZero<u16> = NonZero::new(30).unwrap();
+        const COLUMNS: NonZero<u16> = NonZero::new(100).unwrap();
+        let size = libc::winsize {
+            ws_row: ROWS.get(),
+            ws_col: COLUMNS.get(),
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
+        let null = std::ptr::null_mut();
+        // SAFETY: the descriptors are written by the call and owned from here on.
+        let (ours, theirs) = unsafe {
+            // Some systems take the size by a pointer to what they do not change.
+            let made = libc::openpty(
+                &mut ours,
+                &mut theirs,
+                null,
+                null.cast(),
+                &raw const size as _,
+            );
+            assert_eq!(made, 0);
+            (OwnedFd::from_raw_fd(ours), OwnedFd::from_raw_fd(theirs))
+        };
+        let end = || Stdio::from(theirs.try_clone().unwrap());
+        let mut command = program();
+        command
+            .current_dir(dir)
+            .args(args)
+            .env("TERM", "xterm-256color");
+        command.stdin(end()).stdout(end()).stderr(end());
+        // SAFETY: two system calls, before the program starts: the terminal becomes its own.
+        unsafe {
+            command.pre_exec(|| {
+                libc::setsid();
+                libc::ioctl(0, libc::TIOCSCTTY as _, 0);
+                Ok(())
+            });
+        }
+        let child = command.spawn().unwrap();
+        let keys = std::fs::File::from(ours);
+        let screen =
+            std::sync::Arc::new(std::sync::Mutex::new(vt100::Parser::new(ROWS, COLUMNS, 0)));
+        let (sink, mut pipe) = (screen.clone(), keys.try_clone().unwrap());
+        std::thread::spawn(move || {
+            let mut bytes = [0; 4096];
+            while let Ok(n @ 1..) = pipe.read(&mut bytes) {
+                sink.lock().unwrap().process(&bytes[..n]);
+            }
+        });
+        Terminal {
+            child,
+            keys,
+            screen,
+        }
+    }
+
+    fn text(&self) -> String {
+        self.screen.lock().unwrap().screen().contents()
+    }
+
+    fn wait(&self, says: &str) {
+        let clock = Instant::now();
+        while !self.text().contains(says) {
+            let late = clock.elapsed() > Duration::from_secs(60);
+            assert!(!late, "no {says:?} in\n{}", self.text());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    fn press(&mut self, keys: &str) {
+        use std::io::Write;
+        self.keys.write_all(keys.as_bytes()).unwrap();
+    }
+
+    /// The program's end; the terminal must be as it was.
+    fn end(mut self, status: i32) {
+        assert_eq!(self.child.wait().unwrap().code(), Some(status));
+        // What it wrote last may still be on its way.
+        let clock = Instant::now();
+        let shown = |t: &Terminal| {
+            let parser = t.screen.lock().unwrap();
+            parser.screen().alternate_screen() || parser.screen().hide_cursor()
+        };
+        while shown(&self) {
+            assert!(clock.elapsed() < Duration::from_secs(10), "{}", self.text());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        use std::os::fd::AsRawFd;
+        // SAFETY: a plain structure, filled by the call.
+        let modes = unsafe {
+            let mut modes = std::mem::zeroed::<libc::termios>();
+            assert_eq!(libc::tcgetattr(self.keys.as_raw_fd(), &mut modes), 0);
+            modes
+        };
+        assert_ne!(modes.c_lflag & libc::ICANON, 0, "the terminal stays raw");
+    }
+}
+
+/// The same in a terminal: a screen that follows every save, keys, and a terminal that is left as it was.
+#[cfg(unix)]
+#[test]
+fn the_lab_is_a_screen_in_a_terminal() {
+    if !wgpu() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let shaders = dir.path().join("shaders");
+    copy(
+        &Path::new(env!("CARGO_MANIFEST_DIR")).join("shaders"),
+        &shaders,
+    );
+    let lab = [
+        "lab",
+        "scaled_sum",
+        "--backend",
+        "wgpu",
+        "--shaders",
+        "shaders",
+    ];
+    let mut t = Terminal::start(dir.path(), &lab);
+    t.wait("RIGHT, worst error");
+    assert!(t.screen.lock().unwrap().screen().alternate_screen());
+    let file = shaders.join("elementwise.wgsl");
+    let text = std::fs::read_to_string(&file).unwrap();
+    let line = "y[i] = (a[i] + b[i]) * p.scale;";
+    std::fs::write(&file, text.replace(line, "y[i] = nothing;")).unwrap();
+    t.wait("DOES NOT RUN");
+    t.wait("shaders/elementwise.wgsl:");
+    t.wait("the newest that is right");
+    std::fs::write(&file, &text).unwrap();
+    t.wait("kernels of v3 beside v1");
+    t.press("b");
+    t.wait("kernels of v3, the base");
+    t.press("r");
+    t.wait("kernels of v4 beside the base, v3");
+    t.press("?");
+    t.wait("any key goes back");
+    t.press(" q");
+    t.end(0);
+    let mut t = Terminal::start(dir.path(), &lab);
+    t.wait("watching");
+    t.press("\x03");
+    t.end(130);
+    let t = Terminal::start(dir.path(), &lab);
+    t.wait("scaled_sum(");
+    // SAFETY: our own child, which has not been waited for.
+    unsafe { libc::kill(t.child.id() as i32, libc::SIGTERM) };
+    t.end(130);
+}
+
 #[test]
 fn what_the_compiler_makes_is_printed() {
     let dir = tempfile::tempdir().unwrap();

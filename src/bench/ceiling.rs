@@ -78,12 +78,9 @@ impl Ceilings {
 /// # Errors
 /// The device failed. A cache that cannot be read or written is no error.
 pub fn ceilings(backend: &dyn Backend, again: bool) -> Result<Ceilings> {
-    let key = format!("{} {}", backend.name(), backend.device());
+    let key = key_of(backend);
     let file = cache_file();
-    let mut known: BTreeMap<String, Ceilings> = file
-        .as_ref()
-        .and_then(|f| serde_json::from_slice(&std::fs::read(f).ok()?).ok())
-        .unwrap_or_default();
+    let mut known = known();
     let before = known.get(&key).cloned();
     let measured = match before {
         Some(c) if !again => return Ok(c),
@@ -102,6 +99,21 @@ pub fn ceilings(backend: &dyn Backend, again: bool) -> Result<Ceilings> {
         let _ = write_atomic(&f, &json);
     }
     Ok(measured)
+}
+
+/// The ceilings of `backend`'s device where they were measured before and kept.
+pub fn kept_ceilings(backend: &dyn Backend) -> Option<Ceilings> {
+    known().remove(&key_of(backend))
+}
+
+fn key_of(backend: &dyn Backend) -> String {
+    format!("{} {}", backend.name(), backend.device())
+}
+
+/// What the cache has, by device.
+fn known() -> BTreeMap<String, Ceilings> {
+    let read = |f: PathBuf| serde_json::from_slice(&std::fs::read(f).ok()?).ok();
+    cache_file().and_then(read).unwrap_or_default()
 }
 
 /// `ceilings.json` in the user's cache folder.

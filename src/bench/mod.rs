@@ -10,5 +10,5 @@ pub mod model;
 pub mod record;
 pub mod rival;
 
-pub use ceiling::{Ceilings, ceilings, present_share};
+pub use ceiling::{Ceilings, ceilings, kept_ceilings, present_share};
 pub use measure::{Limits, Sample, measure};

@@ -1,6 +1,6 @@
 //! Every end that is not a good one: bad usage in two lines, and a defect of the program itself in one.
 
-use super::output::{leave, note};
+use super::output::{SHOWN, leave, note};
 use std::panic::{AssertUnwindSafe, PanicHookInfo, catch_unwind};
 use std::process::ExitCode;
 use std::sync::Mutex;
@@ -20,6 +20,7 @@ fn describe(info: &PanicHookInfo) -> String {
 }
 
 fn report(what: &str) {
+    SHOWN.end();
     note(&format!(
         "internal error: {what}; please report this with the command that led to it"
     ));

@@ -31,6 +31,9 @@ pub struct Counted {
     pub mma: u64,
     /// Bytes to and from global memory, in whole sectors.
     pub global_bytes: u64,
+    /// Sectors that a warp's load takes, on average: 4 where 32 lanes read neighbours.
+    #[serde(default)]
+    pub sectors_per_load: f64,
     /// Ideal number of sectors of loads over the actual one.
     pub load_efficiency: f64,
     /// The same of stores.
@@ -50,6 +53,7 @@ impl Counted {
             instructions: c.instructions,
             mma: c.mma,
             global_bytes: c.global_bytes(),
+            sectors_per_load: c.global_load.units as f64 / c.global_load.requests.max(1) as f64,
             load_efficiency: c.global_load.efficiency(),
             store_efficiency: c.global_store.efficiency(),
             bank_conflicts: c.bank_conflicts(),
