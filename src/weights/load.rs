@@ -74,9 +74,14 @@ impl Loaded {
         match self.sources[i] {
             Source::Initial => Ok(None),
             Source::Entries => {
-                let mut data = Vec::with_capacity(shape.iter().product());
+                let mut data = vec![];
                 for piece in self.entries_of(i) {
-                    data.extend(file.read_f32(piece)?);
+                    let piece = file.read_f32(piece)?;
+                    if data.is_empty() {
+                        data = piece;
+                    } else {
+                        data.extend(piece);
+                    }
                 }
                 Ok(Some(from_torch(data, shape, p.layout)))
             }
@@ -118,31 +123,36 @@ pub fn torch_shape(shape: &[usize], layout: Layout) -> Vec<usize> {
     }
 }
 
-/// Elements of `[A, B, C]` as `[A, C, B]`.
-fn swap_last(data: &[f32], b: usize, c: usize) -> Vec<f32> {
-    let mut out = Vec::with_capacity(data.len());
-    for plane in data.chunks_exact((b * c).max(1)) {
-        for j in 0..c {
-            out.extend((0..b).map(|i| plane[i * c + j]));
+/// Elements of `[A, B, C]` as `[A, C, B]`, in place: large weights are not held twice.
+fn swap_last(data: &mut [f32], b: usize, c: usize) {
+    if b <= 1 || c <= 1 {
+        return;
+    }
+    let mut plane = vec![0.0; b * c];
+    for to in data.chunks_exact_mut(b * c) {
+        plane.copy_from_slice(to);
+        for (j, line) in to.chunks_exact_mut(b).enumerate() {
+            for (i, v) in line.iter_mut().enumerate() {
+                *v = plane[i * c + j];
+            }
         }
     }
-    out
 }
 
 /// From this program's layout (`shape`) to PyTorch's.
-pub fn to_torch(data: Vec<f32>, shape: &[usize], layout: Layout) -> Vec<f32> {
-    match (layout, shape) {
-        (Layout::Ohwi, &[_, r, s, c]) if r * s > 1 && c > 1 => swap_last(&data, r * s, c),
-        _ => data,
+pub fn to_torch(mut data: Vec<f32>, shape: &[usize], layout: Layout) -> Vec<f32> {
+    if let (Layout::Ohwi, &[_, r, s, c]) = (layout, shape) {
+        swap_last(&mut data, r * s, c);
     }
+    data
 }
 
 /// From PyTorch's layout to this program's (`shape`).
-pub fn from_torch(data: Vec<f32>, shape: &[usize], layout: Layout) -> Vec<f32> {
-    match (layout, shape) {
-        (Layout::Ohwi, &[_, r, s, c]) if r * s > 1 && c > 1 => swap_last(&data, c, r * s),
-        _ => data,
+pub fn from_torch(mut data: Vec<f32>, shape: &[usize], layout: Layout) -> Vec<f32> {
+    if let (Layout::Ohwi, &[_, r, s, c]) = (layout, shape) {
+        swap_last(&mut data, c, r * s);
     }
+    data
 }
 
 /// Finds the parameters of `graph` (a built `model`) in `file`; [`Loaded::value`] reads them.

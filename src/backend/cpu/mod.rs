@@ -18,7 +18,7 @@ use super::{Backend, CompileOptions, Exec, Span};
 use crate::graph::plan::{Limits, Memory, Place};
 use crate::graph::{Graph, Kind, Phase, Spec, Tid};
 use crate::{Error, Result};
-use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use memmap2::MmapMut;
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -133,30 +133,28 @@ impl<'a> Args<'a> {
     }
 }
 
-/// Zeroed memory at 64-byte boundaries; pages that nobody touches cost nothing.
+/// Zeroed memory at page boundaries; pages that nobody touches cost nothing.
 #[derive(Debug)]
 struct Arena {
+    /// Kept for its memory, which `ptr` points to.
+    _map: MmapMut,
     ptr: *mut f32,
-    layout: Layout,
 }
 
 unsafe impl Send for Arena {}
 
 impl Arena {
     fn new(elements: usize) -> Result<Self> {
-        let layout = Layout::from_size_align(elements.max(16) * 4, 64).map_err(|_| {
+        let none = |e| {
             Error::run(format!(
-                "the plan wants {elements} elements of memory, more than there can be"
+                "the plan wants {elements} elements of memory, more than there can be: {e}"
             ))
-        })?;
-        // SAFETY: the layout has a non-zero size.
-        let ptr = unsafe { alloc_zeroed(layout) };
-        if ptr.is_null() {
-            handle_alloc_error(layout);
-        }
+        };
+        let bytes = elements.max(16).saturating_mul(4);
+        let mut map = MmapMut::map_anon(bytes).map_err(none)?;
         Ok(Arena {
-            ptr: ptr.cast(),
-            layout,
+            ptr: map.as_mut_ptr().cast(),
+            _map: map,
         })
     }
 
@@ -166,13 +164,6 @@ impl Arena {
             ptr: unsafe { self.ptr.add(p.offset) },
             len: p.len,
         }
-    }
-}
-
-impl Drop for Arena {
-    fn drop(&mut self) {
-        // SAFETY: allocated in `new` with this layout.
-        unsafe { dealloc(self.ptr.cast(), self.layout) }
     }
 }
 
