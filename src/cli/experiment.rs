@@ -5,6 +5,7 @@ use super::output::{json, note, print};
 use super::train::command_line;
 use clap::Args;
 use serde_json::json;
+use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -12,6 +13,7 @@ use tilewright::experiment::analyses::analyse;
 use tilewright::experiment::estimate::{Source, estimate};
 use tilewright::experiment::matrix::{Experiment, presets};
 use tilewright::experiment::{Runs, Shard, collect, report, run};
+use tilewright::report::plot::Svg;
 use tilewright::report::table::{Table, duration, si};
 use tilewright::report::write_atomic;
 use tilewright::train::TrainConfig;
@@ -103,7 +105,6 @@ impl ExperimentCommand {
         let mut dirs = vec![dir.clone()];
         dirs.extend(self.merge.iter().cloned());
         let (runs, missing) = collect(&experiment, &dirs)?;
-        std::fs::create_dir_all(dir.join("plots")).map_err(|e| Error::writing(&dir, e))?;
         // Analyses are over all models: they wait for the last shard.
         let analyses = match missing.is_empty() {
             true => analyse(&experiment, &dir, &dirs, open, note)?,
@@ -112,12 +113,7 @@ impl ExperimentCommand {
         let command = command_line();
         let (page, plots) = report::page(&experiment, &runs, &missing, &analyses, &command)?;
         write_atomic(&dir.join("report.html"), page.to_html()?.as_bytes())?;
-        for (name, svg) in plots {
-            write_atomic(
-                &dir.join("plots").join(format!("{name}.svg")),
-                svg.standalone().as_bytes(),
-            )?;
-        }
+        write_plots(&dir.join("plots"), &plots)?;
         write_atomic(&dir.join("results.csv"), &report::csv(&runs)?)?;
         let rows = runs.iter().map(report::row).collect::<Result<Vec<_>>>()?;
         let result = json!({"title": experiment.title, "answer": page.answer, "missing": missing, "runs": rows});
@@ -145,6 +141,25 @@ impl ExperimentCommand {
         }
         Ok(ExitCode::SUCCESS)
     }
+}
+
+/// Writes `plots` into `dir`, in place of those that an earlier report left there.
+fn write_plots(dir: &Path, plots: &[(String, Svg)]) -> Result<()> {
+    std::fs::create_dir_all(dir).map_err(|e| Error::writing(dir, e))?;
+    let new: Vec<PathBuf> = plots
+        .iter()
+        .map(|(name, _)| dir.join(format!("{name}.svg")))
+        .collect();
+    let there = std::fs::read_dir(dir).map_err(|e| Error::reading(dir, e))?;
+    for old in there.flatten().map(|e| e.path()) {
+        if old.extension().is_some_and(|x| x == "svg") && !new.contains(&old) {
+            std::fs::remove_file(&old).map_err(|e| Error::writing(&old, e))?;
+        }
+    }
+    for (path, (_, svg)) in new.iter().zip(plots) {
+        write_atomic(path, svg.standalone().as_bytes())?;
+    }
+    Ok(())
 }
 
 fn list(g: &Global) -> Result<ExitCode> {
@@ -231,15 +246,29 @@ fn dry_run(g: &Global, experiment: &Experiment, jobs: usize) -> Result<ExitCode>
         si(most as f64),
         t.to_text()
     );
-    let each = estimates.iter().flat_map(|e| match e {
-        Ok(e) => e.plan.notes.clone(),
-        Err(e) => vec![e.to_string()],
-    });
-    let mut notes: Vec<String> = each.collect();
-    notes.sort();
-    notes.dedup();
-    for n in notes {
-        text += &format!("note: {n}\n");
+    // What many runs have in common is said once.
+    let mut notes: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for (p, e) in both() {
+        match e {
+            Ok(e) => {
+                for n in &e.plan.notes {
+                    notes.entry(n.clone()).or_default();
+                }
+            }
+            Err(e) => {
+                let (name, said) = (p.name(), e.to_string());
+                let cause = said.strip_prefix(&format!("{name}: ")).unwrap_or(&said);
+                notes.entry(cause.to_string()).or_default().push(name);
+            }
+        }
+    }
+    for (n, runs) in notes {
+        let of = match runs.as_slice() {
+            [] => String::new(),
+            [one] => format!("{one}: "),
+            many => format!("{} runs: ", many.len()),
+        };
+        text += &format!("note: {of}{n}\n");
     }
     print(&text)?;
     Ok(ExitCode::SUCCESS)

@@ -36,6 +36,9 @@ pub struct Experiment {
     /// What is otherwise in the small setting.
     #[serde(default)]
     small: Small,
+    /// It is the small setting.
+    #[serde(skip)]
+    is_small: bool,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -133,13 +136,20 @@ impl Experiment {
         self.seeds = small.seeds.unwrap_or(self.seeds);
         self.analyses = small.analyses.unwrap_or(self.analyses);
         self.title += " (small setting)";
-        let said = |key| self.base.get(key).map(|v| v.to_string().replace('"', ""));
-        if let (Some(data), Some(epochs)) = (said("data"), said("epochs")) {
-            self.question += &format!(
-                " Here only for a first look, with small networks on {data} for {epochs} epochs."
-            );
-        }
+        self.is_small = true;
         self
+    }
+
+    /// What is asked, and that it is the small setting where it is.
+    pub fn lead(&self) -> String {
+        let said = |key| self.base.get(key).map(|v| v.to_string().replace('"', ""));
+        match (self.is_small, said("data"), said("epochs")) {
+            (true, Some(data), Some(epochs)) => format!(
+                "{} Here only for a first look, with small networks on {data} for {epochs} epochs.",
+                self.question
+            ),
+            _ => self.question.clone(),
+        }
     }
 
     /// The analyses that follow the runs.

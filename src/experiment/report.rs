@@ -364,7 +364,7 @@ pub fn page(
     let groups = groups(runs)?;
     let mut d = Document {
         title: experiment.title.clone(),
-        lead: experiment.question.clone(),
+        lead: experiment.lead(),
         answer: answer(&groups),
         sections: vec![],
     };

@@ -172,23 +172,29 @@ pub fn against(
                 }
             }
         }
-        for (s, x) in good {
-            let (x, y) = (x_at(x.log10()), y_at(s.mean));
+        let dots: Vec<(f64, f64)> = good
+            .iter()
+            .map(|(s, x)| (x_at(x.log10()), y_at(s.mean)))
+            .collect();
+        let names: Vec<String> = good.iter().map(|(s, _)| shorten(s.name, 40)).collect();
+        let labels = beside(&dots, &names, ((left, right), (top, top + HEIGHT)));
+        for (&(x, y), l) in dots.iter().zip(&labels) {
+            if (l.y - y).abs() > LINE {
+                let end = if l.from > x { l.from - 2.0 } else { l.to + 2.0 };
+                let thin = INK.mix(0.35).stroke_width(z(1.0) as u32);
+                let line = vec![(z(x), z(y)), (z(end), z(l.y))];
+                root.draw(&PathElement::new(line, thin)).map_err(failed)?;
+            }
+        }
+        for (((s, _), &(x, y)), (l, name)) in good.iter().zip(&dots).zip(labels.iter().zip(&names))
+        {
             root.draw(&Circle::new(
                 (z(x), z(y)),
                 z(5.0),
                 rgb(s.family.colour(0)).mix(0.85).filled(),
             ))
             .map_err(failed)?;
-            text(
-                root,
-                &shorten(s.name, 30),
-                x + 9.0,
-                y - 2.0,
-                FONT - 2.0,
-                HPos::Left,
-                VPos::Bottom,
-            )?;
+            text(root, name, l.from, l.y, LABEL, HPos::Left, VPos::Center)?;
         }
         text(
             root,
@@ -203,9 +209,82 @@ pub fn against(
     })
 }
 
+/// Size of a point's name, and the height of its line.
+const LABEL: f64 = FONT - 2.0;
+const LINE: f64 = LABEL + 2.0;
+
+/// Where a point's name stands: from `from` to `to`, around height `y`.
+#[derive(Clone, Copy, Debug)]
+struct Label {
+    from: f64,
+    to: f64,
+    y: f64,
+}
+
+/// A place for each name near its dot, right of it or left, as few lines up or down as it takes for no two names to
+/// overlap, nor a name and a dot.
+fn beside(
+    dots: &[(f64, f64)],
+    names: &[String],
+    ((left, right), (top, end)): ((f64, f64), (f64, f64)),
+) -> Vec<Label> {
+    const GAP: f64 = 9.0;
+    let shifts = |n: usize| {
+        let way = if n % 2 == 1 { -0.5 } else { 0.5 };
+        way * LINE * n.div_ceil(2) as f64
+    };
+    let mut placed: Vec<Option<Label>> = vec![None; dots.len()];
+    let mut order: Vec<usize> = (0..dots.len()).collect();
+    order.sort_by(|&a, &b| dots[a].1.total_cmp(&dots[b].1));
+    for i in order {
+        let (x, y) = dots[i];
+        let width = text_width(&names[i], LABEL);
+        let at = |n: usize, side: usize| {
+            let from = if side == 0 { x + GAP } else { x - GAP - width };
+            Label {
+                from,
+                to: from + width,
+                y: y + shifts(n),
+            }
+        };
+        let free = |l: &Label| {
+            let inside = l.from >= left
+                && l.to <= right
+                && l.y - LINE / 2.0 >= top
+                && l.y + LINE / 2.0 <= end;
+            let names = placed.iter().flatten();
+            let mut rivals = names.filter(|o| l.from < o.to && o.from < l.to);
+            let mut hit = dots.iter().filter(|d| {
+                (d.1 - l.y).abs() < LINE / 2.0 + 3.0 && d.0 + 5.0 > l.from && d.0 - 5.0 < l.to
+            });
+            inside && rivals.all(|o| (o.y - l.y).abs() >= LINE) && hit.next().is_none()
+        };
+        let tried = (0..4 * dots.len() + 4).flat_map(|n| [at(n, 0), at(n, 1)]);
+        placed[i] = Some(tried.into_iter().find(free).unwrap_or_else(|| at(0, 0)));
+    }
+    placed.into_iter().flatten().collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn names_of_near_points_do_not_overlap() {
+        let dots: Vec<(f64, f64)> = (0..12)
+            .map(|i| (300.0 + f64::from(i % 2), 150.0 + 2.0 * f64::from(i)))
+            .collect();
+        let names: Vec<String> = (0..12).map(|i| format!("ViT, setting {i}")).collect();
+        let labels = beside(&dots, &names, ((64.0, 880.0), (10.0, 350.0)));
+        assert_eq!(labels.len(), 12);
+        for (i, a) in labels.iter().enumerate() {
+            assert!(a.from >= 64.0 && a.to <= 880.0 && a.y >= 10.0 && a.y <= 350.0);
+            for b in &labels[..i] {
+                let apart = a.from >= b.to || b.from >= a.to || (a.y - b.y).abs() >= LINE;
+                assert!(apart, "{a:?} {b:?}");
+            }
+        }
+    }
 
     #[test]
     fn every_setting_is_drawn() {
