@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # For a machine with an NVIDIA GPU: checks every CUDA kernel on the driver, runs compute-sanitizer over a small pass where
-# it is installed, and times kernels, training and inference beside PyTorch, cuBLAS and cuDNN where PyTorch is installed.
+# it is installed, and times kernels beside cuBLAS and cuDNN (`bench` finds them, also as Python packages), and training and
+# inference beside PyTorch where that is installed.
 # Needs a release binary and NVRTC (`pip install nvidia-cuda-nvrtc`), no Rust and no network. Each run keeps its JSON.
 #
 #   scripts/gpu.sh check|sanitizer|bench|all [TILEWRIGHT]      writes gpu-results/

@@ -74,6 +74,11 @@ pub trait Backend: Send + Sync {
         vec![]
     }
 
+    /// CUDA's driver, for other libraries on the same device.
+    fn driver(&self) -> Option<&dyn cuda::Driver> {
+        None
+    }
+
     /// The file of tuned variants in force (see [`tuned`]), or empty.
     fn tuned(&self) -> String {
         String::new()

@@ -182,6 +182,10 @@ impl Backend for WithTuned {
         self.inner.take_counts()
     }
 
+    fn driver(&self) -> Option<&dyn cuda::Driver> {
+        self.inner.driver()
+    }
+
     fn tuned(&self) -> String {
         self.file.clone()
     }

@@ -2,7 +2,8 @@
 
 use super::ceiling::Ceilings;
 use super::measure::{Limits, Sample};
-use super::rival::rivals;
+use super::rival::Rivals;
+use super::rival::task::Task;
 use crate::backend::cuda::resources::{Footprint, Machine, paired};
 use crate::backend::cuda::sim::Counters;
 use crate::backend::tuned::case_of;
@@ -50,7 +51,7 @@ pub struct KernelOptions {
     /// The same memory again and again, as a network's next layer finds it, in place of copies in turn that together
     /// are larger than the last-level cache.
     pub hot: bool,
-    /// Other libraries' products too, where there are any ([`rivals`]).
+    /// Other libraries' products too, where there are any ([`rival`](super::rival)).
     pub rivals: bool,
     /// What the kernels take of a multiprocessor too, on CUDA.
     pub machine: Option<Machine>,
@@ -67,7 +68,7 @@ pub struct KernelReport {
     pub op: String,
     /// The op with the shapes of its operands and results: what a tuned variant goes by.
     pub signature: String,
-    /// The variant; `auto` is the default rule's choice. Or another library ([`rivals`]).
+    /// The variant; `auto` is the default rule's choice. Or another library's name.
     pub variant: String,
     /// Worst error over its allowance in the check before; none where the variant cannot run the case.
     pub error: f64,
@@ -89,6 +90,9 @@ pub struct KernelReport {
     pub roofline: f64,
     /// `arithmetic` or `memory`.
     pub bound: &'static str,
+    /// Another library's ([`rival`](super::rival)).
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub rival: bool,
     /// Of the longest launch, where it is known.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub footprint: Option<Footprint>,
@@ -101,6 +105,24 @@ pub struct Measured {
     pub rows: Vec<KernelReport>,
     /// For people: which library is missing or wrong, what is not known.
     pub notes: Vec<String>,
+}
+
+impl Measured {
+    /// Leaves out what another library seems to do in less time than the device can, with a note: our own kernels there
+    /// would be an error, but what others do in their calls is not ours to find out.
+    pub fn drop_rivals_above_the_ceiling(&mut self) {
+        let above = |r: &KernelReport| r.rival && r.roofline > 1.0;
+        for r in self.rows.iter().filter(|r| above(r)) {
+            self.notes.push(format!(
+                "{} {}: {} comes to {:.0} % of its roofline, which cannot be; it is left out",
+                r.case,
+                r.op,
+                r.variant,
+                100.0 * r.roofline
+            ));
+        }
+        self.rows.retain(|r| !above(r));
+    }
 }
 
 /// The last-level caches of today's processors are smaller.
@@ -132,18 +154,13 @@ pub fn measure_case(
             room.name
         )));
     }
-    let report = |i: usize, variant: &'static str, measured, ours: bool| {
-        let op = &nodes[i].op;
+    let name = format!("{}({params})", room.name);
+    let report = |i: usize, variant: &'static str, measured, (cost, executed)| {
+        let op = nodes[i].op.name();
         let (x, y) = cg.graph.node_specs(&nodes[i]);
-        let cost = op.cost(&x, &y);
-        let named = Some(variant).filter(|v| *v != "auto");
-        let executed = match ours {
-            true => op.executed(backend.name(), named, &x, &y),
-            false => cost.flops,
-        };
         row(
-            format!("{}({params})", room.name),
-            (op.name(), case_of(op.name(), &x, &y)),
+            name.clone(),
+            (op, case_of(op, &x, &y)),
             variant,
             measured,
             (cost, executed),
@@ -165,22 +182,44 @@ pub fn measure_case(
             BTreeMap::new()
         });
         for (i, time) in time_nodes(backend, &cg, &compile, &those, options)? {
+            let (x, y) = cg.graph.node_specs(&nodes[i]);
+            let named = Some(variant).filter(|v| *v != "auto");
+            let executed = nodes[i].op.executed(backend.name(), named, &x, &y);
+            let work = (cg.graph.node_cost(&nodes[i]), executed);
             rows.push(KernelReport {
                 footprint: footprints.remove(&i),
-                ..report(i, variant, (error, time), true)?
+                ..report(i, variant, (error, time), work)
             });
         }
     }
-    if options.rivals && backend.name() == "cpu" {
-        for &i in &wanted {
+    let tasks: Vec<(usize, Task)> = wanted
+        .iter()
+        .filter(|_| options.rivals)
+        .flat_map(|&i| {
             let (x, _) = cg.graph.node_specs(&nodes[i]);
-            let Some(product) = nodes[i].op.product(&x) else {
-                continue;
-            };
-            for rival in rivals() {
-                match rival.time(&product, options.hot, options.limits) {
-                    Ok(measured) => rows.push(report(i, rival.name, measured, false)?),
-                    Err(e) => notes.push(e.to_string()),
+            let tasks = Task::of(nodes[i].op.as_ref(), &x);
+            tasks.into_iter().map(move |t| (i, t))
+        })
+        .collect();
+    if !tasks.is_empty() {
+        let rivals = Rivals::of(backend);
+        notes.extend(rivals.missing.clone());
+        for (i, task) in tasks {
+            for timed in rivals.time(&task, options.hot, options.limits) {
+                match timed {
+                    Ok(t) => {
+                        let cost = Cost {
+                            bytes: t.bytes,
+                            ..cg.graph.node_cost(&nodes[i])
+                        };
+                        // What Winograd or Fourier do is not known: such a row is held to memory alone.
+                        let executed = if t.direct { cost.flops } else { 0 };
+                        rows.push(KernelReport {
+                            rival: true,
+                            ..report(i, t.name, (t.error, t.time), (cost, executed))
+                        });
+                    }
+                    Err(e) => notes.push(format!("{name} {}: {e}", nodes[i].op.name())),
                 }
             }
         }
@@ -232,14 +271,14 @@ fn row(
     (error, time): (f64, Sample),
     (cost, executed): (Cost, u64),
     (ceilings, hot): (&Ceilings, bool),
-) -> Result<KernelReport> {
+) -> KernelReport {
     let rate = if hot {
         ceilings.bandwidth(cost.bytes)
     } else {
         ceilings.memory()
     };
     let (arithmetic, memory) = (executed as f64 / ceilings.flops, cost.bytes as f64 / rate);
-    Ok(KernelReport {
+    KernelReport {
         case,
         op: op.into(),
         signature,
@@ -258,8 +297,9 @@ fn row(
             "memory"
         },
         time,
+        rival: false,
         footprint: None,
-    })
+    }
 }
 
 /// The case with a batch that the reference can do in a second: `n` (images) or `m` (rows) cut down.
@@ -332,7 +372,7 @@ pub struct CountReport {
     pub case: String,
     /// `linear_dgrad`.
     pub op: String,
-    /// The variant; `auto` is the default rule's choice. Or another library ([`rivals`]).
+    /// The variant; `auto` is the default rule's choice. Or another library's name.
     pub variant: String,
     /// Worst error over its allowance in the check before.
     pub error: f64,
@@ -550,6 +590,31 @@ mod tests {
         assert!(
             r.iter()
                 .all(|r| r.case == case && r.error <= 1.0 && r.roofline < 1.0)
+        );
+    }
+
+    #[test]
+    fn rivals_have_rows_of_their_own() {
+        let mut r = rows("linear(m=9,i=8,o=8)", &[], false).unwrap();
+        let gemm = |r: &&KernelReport| r.rival && r.variant == "gemm";
+        let ops: Vec<String> = r.iter().filter(gemm).map(|r| r.op.clone()).collect();
+        for op in ["linear", "linear_dgrad", "linear_wgrad"] {
+            assert!(ops.iter().any(|o| o == op), "{ops:?}");
+        }
+        assert!(r.iter().any(|r| !r.rival && r.variant == "auto"));
+        let ours = r.iter().filter(|r| !r.rival).count();
+        r.iter_mut().for_each(|r| r.roofline = 1.1);
+        let mut found = Measured {
+            rows: r,
+            notes: vec![],
+        };
+        found.drop_rivals_above_the_ceiling();
+        assert_eq!(found.rows.len(), ours);
+        assert!(
+            found
+                .notes
+                .iter()
+                .any(|n| n.contains("gemm comes to 110 %"))
         );
     }
 

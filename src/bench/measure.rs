@@ -95,15 +95,25 @@ impl Sample {
 /// # Errors
 /// The first error of `run`.
 pub fn measure(limits: Limits, mut run: impl FnMut() -> Result<()>) -> Result<Sample> {
+    measure_by(limits, || {
+        let clock = Instant::now();
+        run()?;
+        Ok(clock.elapsed().as_secs_f64())
+    })
+}
+
+/// [`measure`] for a run that knows itself how many seconds it took.
+///
+/// # Errors
+/// The first error of `run`.
+pub fn measure_by(limits: Limits, mut run: impl FnMut() -> Result<f64>) -> Result<Sample> {
     for _ in 0..limits.warm_up {
         run()?;
     }
     let begin = Instant::now();
     let mut times = vec![];
     loop {
-        let clock = Instant::now();
-        run()?;
-        times.push(clock.elapsed().as_secs_f64());
+        times.push(run()?);
         if limits.enough(&times, begin.elapsed()) {
             return Ok(Sample::of(times));
         }

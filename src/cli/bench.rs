@@ -143,6 +143,11 @@ impl Bench {
             (_, Some(t)) => t,
             _ => return Err(Error::input("name a model, a case or an op")),
         };
+        if self.occupancy.given() {
+            return Err(Error::input(format!(
+                "--occupancy is of a case or an op here; `tilewright profile {name} --occupancy` shows a model's kernels"
+            )));
+        }
         let model = find(name)?;
         let directions = self.step.directions();
         if self.first_step {
@@ -296,6 +301,7 @@ impl Bench {
                 limits = ceilings(backend.as_ref(), true)?;
                 found = measure_case(backend.as_ref(), room, case, &options, &limits)?;
             }
+            found.drop_rivals_above_the_ceiling();
             if let Some(r) = found.rows.iter().find(|r| r.roofline > 1.0) {
                 return Err(Error::run(format!(
                     "{} {} comes to {:.0} % of its roofline, which cannot be; measure the limits again on an idle device \

@@ -10,12 +10,17 @@ use tilewright::{Error, Result};
 #[derive(Args)]
 pub struct OccupancyFlag {
     /// Registers, shared and local memory and theoretical occupancy of CUDA kernels, compiled for the device's own
-    /// architecture or for sm_N; cuda:sim need not be sm_80 for it
+    /// architecture or for sm_N
     #[arg(long, value_name = "N", num_args = 0..=1, require_equals = true)]
     occupancy: Option<Option<u32>>,
 }
 
 impl OccupancyFlag {
+    /// Whether it stands on the command line.
+    pub fn given(&self) -> bool {
+        self.occupancy.is_some()
+    }
+
     /// What is asked for on `backend`.
     ///
     /// # Errors

@@ -284,7 +284,7 @@ fn compare_by(
 }
 
 /// `v` rounded to the operands of a precision, to nearest even.
-fn round_to(v: f64, precision: Precision) -> f64 {
+pub(crate) fn round_to(v: f64, precision: Precision) -> f64 {
     let drop = match precision {
         Precision::F32 => return v,
         Precision::Tf32 => 13,

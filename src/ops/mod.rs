@@ -69,29 +69,6 @@ impl Product {
     pub fn fits(&self, a: usize, b: usize, c: usize) -> bool {
         a == self.m * self.k && b == self.k * self.n && c == self.m * self.n
     }
-
-    /// The worst error of some sixty of `c`'s elements, over what float32 is allowed; NaN where there is one.
-    pub fn error(&self, a: &[f32], b: &[f32], c: &[f32]) -> f64 {
-        let (m, n, k) = (self.m, self.n, self.k);
-        let step = (m * n / 61).max(1);
-        let mut worst = 0.0;
-        for at in (0..m * n).step_by(step) {
-            let (i, j) = (at / n, at % n);
-            let (mut sum, mut squares) = (0.0, 0.0);
-            for l in 0..k {
-                let x = f64::from(a[if self.ta { l * m + i } else { i * k + l }]);
-                let y = f64::from(b[if self.tb { j * k + l } else { l * n + j }]);
-                sum += x * y;
-                squares += (x * y) * (x * y);
-            }
-            let allowed = check::F32_TOLERANCE * (k as f64).sqrt() * (squares.sqrt() + sum.abs());
-            let error = (f64::from(c[at]) - sum).abs() / (allowed + 1e-30);
-            if error.is_nan() || error > worst {
-                worst = error;
-            }
-        }
-        worst
-    }
 }
 
 /// Which places of its first operand a place of an op's result depends on, along height and width.

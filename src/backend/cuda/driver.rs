@@ -5,6 +5,7 @@ use super::launch::Traits;
 use super::nvrtc::Target;
 use super::sim::Counters;
 use crate::Result;
+use std::ffi::c_void;
 use std::fmt::Debug;
 use std::time::Duration;
 
@@ -143,7 +144,25 @@ pub trait Driver: Send + Sync + Debug {
     ///
     /// # Errors
     /// A kernel failed, or the driver has no clock.
-    fn timed(&self, steps: &[&Step]) -> Result<Vec<Duration>>;
+    fn timed(&self, steps: &[&Step]) -> Result<Vec<Duration>> {
+        self.timed_calls(steps.len(), &mut |i| self.step(steps[i]))
+    }
+
+    /// The stream, for other libraries; none where there is no device.
+    fn stream(&self) -> Option<*mut c_void> {
+        None
+    }
+
+    /// Makes `n` calls, each of which puts work on [`stream`](Self::stream), and returns the time that each one's work
+    /// took on the device.
+    ///
+    /// # Errors
+    /// The first error of a call, or the driver has no clock.
+    fn timed_calls(
+        &self,
+        n: usize,
+        call: &mut dyn FnMut(usize) -> Result<()>,
+    ) -> Result<Vec<Duration>>;
 
     /// Records `steps` as one graph; `None` where the driver has none.
     ///

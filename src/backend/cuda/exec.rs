@@ -76,11 +76,6 @@ impl Cuda {
         })
     }
 
-    /// The driver.
-    pub fn driver(&self) -> &dyn Driver {
-        self.driver.as_ref()
-    }
-
     /// The compiler.
     pub fn compiler(&self) -> &Compiler {
         &self.compiler
@@ -297,6 +292,10 @@ impl Backend for Cuda {
 
     fn take_counts(&self) -> Vec<(String, Count)> {
         self.driver.take_counts()
+    }
+
+    fn driver(&self) -> Option<&dyn Driver> {
+        Some(self.driver.as_ref())
     }
 
     fn footprints(

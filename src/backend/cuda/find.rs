@@ -1,5 +1,6 @@
 //! Where CUDA's libraries are looked for.
 
+use libloading::Library;
 use std::path::{Path, PathBuf};
 
 /// Names of NVRTC, newest first.
@@ -9,22 +10,31 @@ pub const NVRTC_NAMES: &[&str] = &["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc
 #[cfg(windows)]
 pub const NVRTC_NAMES: &[&str] = &["nvrtc64_130_0.dll", "nvrtc64_120_0.dll"];
 
-/// Folders that may hold NVRTC, in the order of search: `TILEWRIGHT_NVRTC`, CUDA_HOME and CUDA_PATH, Python's
-/// site-packages (`pip install nvidia-cuda-nvrtc`), the toolkit's usual folders.
+/// Folders that may hold NVRTC, in the order of search: `TILEWRIGHT_NVRTC`, then [`folders`].
 pub fn nvrtc_folders() -> Vec<PathBuf> {
-    let mut folders = vec![];
+    const PACKAGES: &[&str] = &["cu13", "cuda_nvrtc"];
+    let mut found = vec![];
     if let Some(dir) = std::env::var_os("TILEWRIGHT_NVRTC") {
         let dir = PathBuf::from(dir);
-        folders.extend(packages(&dir));
-        folders.push(dir);
+        found.extend(packages(&dir, PACKAGES));
+        found.push(dir);
     }
+    found.retain(|f| f.is_dir());
+    found.extend(folders(PACKAGES));
+    found
+}
+
+/// Folders that may hold a library of CUDA's, in the order of search: CUDA_HOME and CUDA_PATH, Python's site-packages
+/// (`names`: folders of packages under `nvidia/` there), the toolkit's usual folders.
+pub fn folders(names: &[&str]) -> Vec<PathBuf> {
+    let mut folders = vec![];
     for home in ["CUDA_HOME", "CUDA_PATH"] {
         if let Some(home) = std::env::var_os(home) {
             folders.extend(toolkit(Path::new(&home)));
         }
     }
     for site in site_packages() {
-        folders.extend(packages(&site));
+        folders.extend(packages(&site, names));
     }
     let mut roots = vec![PathBuf::from("/usr/local/cuda"), PathBuf::from("/opt/cuda")];
     roots.extend(children(Path::new("/usr/local"), "cuda-"));
@@ -35,17 +45,17 @@ pub fn nvrtc_folders() -> Vec<PathBuf> {
     folders
 }
 
-/// Folders that may hold NVTX: the toolkit's, and those of Python's packages (`pip install nvidia-nvtx`).
-pub fn nvtx_folders() -> Vec<PathBuf> {
-    let homes = ["CUDA_HOME", "CUDA_PATH"].into_iter();
-    let homes = homes.filter_map(std::env::var_os).map(PathBuf::from);
-    let mut folders: Vec<PathBuf> = homes.flat_map(|h| toolkit(&h)).collect();
-    for site in site_packages() {
-        folders.extend(["cu13", "nvtx"].map(|p| site.join("nvidia").join(p).join("lib")));
-    }
-    folders.extend(toolkit(Path::new("/usr/local/cuda")));
-    folders.retain(|f| f.is_dir());
-    folders
+/// The first of `names` that loads, by the library path or from one of `folders`. It stays loaded.
+pub fn load(names: &[&str], folders: &[PathBuf]) -> Option<&'static Library> {
+    let by_name = names.iter().map(PathBuf::from);
+    let in_folders = folders
+        .iter()
+        .flat_map(|f| names.iter().map(move |n| f.join(n)));
+    // SAFETY: NVIDIA's libraries have no initialisers that could misbehave.
+    let library = by_name
+        .chain(in_folders)
+        .find_map(|path| unsafe { Library::new(path).ok() })?;
+    Some(Box::leak(Box::new(library)))
 }
 
 fn toolkit(home: &Path) -> Vec<PathBuf> {
@@ -54,9 +64,9 @@ fn toolkit(home: &Path) -> Vec<PathBuf> {
         .to_vec()
 }
 
-/// Where NVIDIA's Python packages put NVRTC under a site-packages folder.
-fn packages(site: &Path) -> Vec<PathBuf> {
-    ["cu13", "cuda_nvrtc"]
+/// Where NVIDIA's Python packages put libraries under a site-packages folder.
+fn packages(site: &Path, names: &[&str]) -> Vec<PathBuf> {
+    names
         .iter()
         .flat_map(|p| ["lib", "bin", "bin/x86_64"].map(|d| site.join("nvidia").join(p).join(d)))
         .collect()

@@ -1,9 +1,7 @@
 //! NVTX, NVIDIA's annotations for profilers (Nsight Systems), loaded at run time: without the library ranges cost nothing.
 
-use super::find::nvtx_folders;
-use libloading::Library;
+use super::find;
 use std::ffi::{CString, c_char, c_int};
-use std::path::PathBuf;
 use std::sync::OnceLock;
 
 /// Names of the library, newest first: NVTX 3's functions as symbols, and NVTX 2.
@@ -35,21 +33,14 @@ impl Nvtx {
     fn load() -> Option<Nvtx> {
         // Nsight and other tools name what they inject; without one there is nobody to tell.
         std::env::var_os("NVTX_INJECTION64_PATH")?;
-        let by_name = NAMES.iter().map(PathBuf::from);
-        let in_folders = nvtx_folders()
-            .into_iter()
-            .flat_map(|f| NAMES.iter().map(move |n| f.join(n)));
-        by_name.chain(in_folders).find_map(|path| {
-            // SAFETY: NVIDIA's library has no initialiser that could misbehave; the types are those of nvToolsExt.h.
-            // Never unloaded: the functions stay good.
-            unsafe {
-                let library: &'static Library = Box::leak(Box::new(Library::new(path).ok()?));
-                Some(Nvtx {
-                    push: *library.get(b"nvtxRangePushA").ok()?,
-                    pop: *library.get(b"nvtxRangePop").ok()?,
-                })
-            }
-        })
+        let library = find::load(NAMES, &find::folders(&["cu13", "nvtx"]))?;
+        // SAFETY: the types are those of nvToolsExt.h; the library is never unloaded.
+        unsafe {
+            Some(Nvtx {
+                push: *library.get(b"nvtxRangePushA").ok()?,
+                pop: *library.get(b"nvtxRangePop").ok()?,
+            })
+        }
     }
 
     /// Begins a range inside the present one of this thread.

@@ -335,22 +335,30 @@ impl Driver for Real {
         unsafe { result::stream::synchronize(self.stream) }.map_err(failed("running kernels"))
     }
 
-    fn timed(&self, steps: &[&Step]) -> Result<Vec<Duration>> {
+    fn stream(&self) -> Option<*mut c_void> {
+        Some(self.stream.cast())
+    }
+
+    fn timed_calls(
+        &self,
+        n: usize,
+        call: &mut dyn FnMut(usize) -> Result<()>,
+    ) -> Result<Vec<Duration>> {
         self.current()?;
         let event = || {
             result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT)
                 .map_err(failed("making an event"))
         };
         let mut events = vec![];
-        for _ in 0..=steps.len() {
+        for _ in 0..=n {
             events.push(event()?);
         }
-        let run = || -> Result<Vec<Duration>> {
+        let mut run = || -> Result<Vec<Duration>> {
             // SAFETY: live events on a live stream.
             unsafe {
                 result::event::record(events[0], self.stream).map_err(failed("timing"))?;
-                for (i, step) in steps.iter().enumerate() {
-                    self.enqueue(step)?;
+                for i in 0..n {
+                    call(i)?;
                     result::event::record(events[i + 1], self.stream).map_err(failed("timing"))?;
                 }
                 self.synchronize()?;

@@ -152,7 +152,11 @@ impl Driver for Simulated {
         Ok(())
     }
 
-    fn timed(&self, _steps: &[&Step]) -> Result<Vec<Duration>> {
+    fn timed_calls(
+        &self,
+        _n: usize,
+        _call: &mut dyn FnMut(usize) -> Result<()>,
+    ) -> Result<Vec<Duration>> {
         Err(Error::input(
             "cuda:sim counts and does not time; `check --counters` prints the counts",
         ))

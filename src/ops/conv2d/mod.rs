@@ -250,6 +250,29 @@ impl Op for Conv2d {
     }
 }
 
+/// One of a convolution's three sums.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Sum {
+    /// The result.
+    Forward,
+    /// The input's gradient.
+    Dgrad,
+    /// The weights' gradient.
+    Wgrad,
+}
+
+/// Which convolution `op` computes but for its epilogue, where it is one.
+pub fn convolution(op: &dyn Op, x: &[Spec]) -> Option<(ConvShape, Sum)> {
+    if let Some(op) = op.downcast::<Conv2d>() {
+        return Some((op.shape(x), Sum::Forward));
+    }
+    if let Some(op) = op.downcast::<Conv2dDgrad>() {
+        return Some((op.shape(x).ok()?, Sum::Dgrad));
+    }
+    let op = op.downcast::<Conv2dWgrad>()?;
+    Some((op.shape(x).ok()?, Sum::Wgrad))
+}
+
 /// Operations of the default kernel of a backend.
 fn executed((backend, variant): (&str, Option<&str>), shape: &ConvShape, pass: Pass) -> u64 {
     match (backend, cpu::algorithm(variant)) {

@@ -1,36 +1,28 @@
-//! Other libraries' kernels for a case that is one matrix product, timed in the same run on the CPU: the `gemm` crate,
-//! and oneDNN, MKL, BLIS and OpenBLAS where they are found at run time.
+//! Matrix products by the CPU's libraries.
 
-use super::kernel::ROTATED;
-use super::measure::{Limits, Sample, measure};
+use super::task::Task;
+use super::{Library as Rival, Run};
 use crate::ops::Product;
-use crate::philox::Philox;
 use crate::{Error, Result};
 use libloading::Library;
 use std::ffi::{c_char, c_int};
 use std::sync::OnceLock;
+use std::time::Instant;
 
 /// `C = A B`, all three stored by rows, A and B perhaps transposed.
 type Multiply = Box<dyn Fn(&Product, &[f32], &[f32], &mut [f32]) + Send + Sync>;
 
 /// One library's single-precision matrix product.
-pub struct Rival {
-    /// `gemm`, `oneDNN`...
-    pub name: &'static str,
+pub struct Multiplier {
+    name: &'static str,
     multiply: Multiply,
 }
 
-impl std::fmt::Debug for Rival {
-    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-        f.debug_tuple("Rival").field(&self.name).finish()
-    }
-}
-
 /// Every library there is on this machine, with as many threads as this program has.
-pub fn rivals() -> &'static [Rival] {
-    static FOUND: OnceLock<Vec<Rival>> = OnceLock::new();
+pub fn libraries() -> &'static [Multiplier] {
+    static FOUND: OnceLock<Vec<Multiplier>> = OnceLock::new();
     FOUND.get_or_init(|| {
-        let mut all = vec![Rival {
+        let mut all = vec![Multiplier {
             name: "gemm",
             multiply: Box::new(by_gemm),
         }];
@@ -42,10 +34,58 @@ pub fn rivals() -> &'static [Rival] {
     })
 }
 
+impl Rival for &'static Multiplier {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn takes(&self, task: &Task) -> bool {
+        matches!(task, Task::Product(_))
+    }
+
+    fn prepare<'a>(
+        &'a self,
+        task: &Task,
+        [a, b]: [&[f32]; 2],
+        copies: usize,
+    ) -> Result<Box<dyn Run + 'a>> {
+        let Task::Product(product) = *task else {
+            return Err(Error::run("this is no matrix product"));
+        };
+        let [_, _, lc] = task.lengths();
+        let set = (a.to_vec(), b.to_vec(), vec![f32::NAN; lc]);
+        Ok(Box::new(Prepared {
+            library: self,
+            product,
+            sets: vec![set; copies],
+        }))
+    }
+}
+
+struct Prepared {
+    library: &'static Multiplier,
+    product: Product,
+    sets: Vec<(Vec<f32>, Vec<f32>, Vec<f32>)>,
+}
+
+impl Run for Prepared {
+    fn run(&mut self, copy: usize) -> Result<f64> {
+        let (p, (a, b, c)) = (&self.product, &mut self.sets[copy]);
+        assert!(p.fits(a.len(), b.len(), c.len()));
+        let clock = Instant::now();
+        (self.library.multiply)(p, a, b, c);
+        Ok(clock.elapsed().as_secs_f64())
+    }
+
+    fn result(&mut self) -> Result<Vec<f32>> {
+        Ok(self.sets[0].2.clone())
+    }
+}
+
 fn by_gemm(p: &Product, a: &[f32], b: &[f32], c: &mut [f32]) {
     let stride = |s: usize| s as isize;
     let threads = gemm::Parallelism::Rayon(rayon::current_num_threads());
-    // SAFETY: the strides stay inside the slices, as `Rival::multiply` asserted; c is written whole and not read.
+    // SAFETY: the strides stay inside the slices, as `Prepared::run` asserted; c is written whole and not read.
     unsafe {
         gemm::gemm(
             p.m,
@@ -95,7 +135,7 @@ fn set_threads(library: &Library, function: &str) {
     }
 }
 
-fn onednn() -> Option<Rival> {
+fn onednn() -> Option<Multiplier> {
     type Sgemm = unsafe extern "C" fn(
         c_char,
         c_char,
@@ -119,7 +159,7 @@ fn onednn() -> Option<Rival> {
         let letter = |t: bool| if t { b'T' } else { b'N' } as c_char;
         let [lda, ldb] = leading(p);
         let [m, n, k, lda, ldb] = [p.m, p.n, p.k, lda, ldb].map(|v| v as i64);
-        // SAFETY: row-major matrices inside the slices, as `Rival::multiply` asserted.
+        // SAFETY: row-major matrices inside the slices, as `Prepared::run` asserted.
         unsafe {
             sgemm(
                 letter(p.ta),
@@ -138,7 +178,7 @@ fn onednn() -> Option<Rival> {
             );
         }
     };
-    Some(Rival {
+    Some(Multiplier {
         name: "oneDNN",
         multiply: Box::new(multiply),
     })
@@ -163,7 +203,7 @@ const BLAS: &[(&str, &[&str], &str)] = &[
     ),
 ];
 
-fn blas(name: &'static str, files: &[&str], threads: &str) -> Option<Rival> {
+fn blas(name: &'static str, files: &[&str], threads: &str) -> Option<Multiplier> {
     type Sgemm = unsafe extern "C" fn(
         c_int,
         c_int,
@@ -189,7 +229,7 @@ fn blas(name: &'static str, files: &[&str], threads: &str) -> Option<Rival> {
         let code = |t: bool| if t { 112 } else { 111 };
         let [lda, ldb] = leading(p);
         let [m, n, k, lda, ldb] = [p.m, p.n, p.k, lda, ldb].map(|v| v as c_int);
-        // SAFETY: row-major matrices inside the slices, as `Rival::multiply` asserted.
+        // SAFETY: row-major matrices inside the slices, as `Prepared::run` asserted.
         unsafe {
             sgemm(
                 ROW_MAJOR,
@@ -209,78 +249,8 @@ fn blas(name: &'static str, files: &[&str], threads: &str) -> Option<Rival> {
             );
         }
     };
-    Some(Rival {
+    Some(Multiplier {
         name,
         multiply: Box::new(multiply),
     })
-}
-
-impl Rival {
-    fn multiply(&self, p: &Product, a: &[f32], b: &[f32], c: &mut [f32]) {
-        assert!(p.fits(a.len(), b.len(), c.len()));
-        (self.multiply)(p, a, b, c);
-    }
-
-    /// Times the product of random matrices, after a look at some of its results; `hot`: on the same memory each time.
-    ///
-    /// # Errors
-    /// The library's results are wrong.
-    pub fn time(&self, p: &Product, hot: bool, limits: Limits) -> Result<(f64, Sample)> {
-        let mut rng = Philox::new(0x7269_7661, 0);
-        let mut random = |n: usize| (0..n).map(|_| rng.normal()).collect::<Vec<f32>>();
-        let (la, lb, lc) = (p.m * p.k, p.k * p.n, p.m * p.n);
-        let copies = match hot {
-            true => 1,
-            false => (ROTATED / (4 * (la + lb + lc)) + 1).min(64),
-        };
-        let (a, b) = (random(la), random(lb));
-        let mut sets = vec![(a, b, vec![f32::NAN; lc]); copies];
-        let error = {
-            let (a, b, c) = &mut sets[0];
-            self.multiply(p, a, b, c);
-            p.error(a, b, c)
-        };
-        if error.is_nan() || error > 1.0 {
-            return Err(Error::run(format!(
-                "{} is {error} times its allowance off in a product of {} x {} x {}; it is not timed",
-                self.name, p.m, p.n, p.k
-            )));
-        }
-        let mut turn = 0;
-        let sample = measure(limits, || {
-            turn = (turn + 1) % copies;
-            let (a, b, c) = &mut sets[turn];
-            self.multiply(p, a, b, c);
-            Ok(())
-        })?;
-        Ok((error, sample))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::time::Duration;
-
-    /// Every library here gives the product, however the operands are stored; strides that swap rows and columns show.
-    #[test]
-    fn rivals_multiply() {
-        let limits = Limits {
-            warm_up: 0,
-            min_runs: 1,
-            precision: 1.0,
-            time: Duration::ZERO,
-        };
-        let (m, n, k) = (5, 7, 19);
-        for (ta, tb) in [(false, true), (false, false), (true, false)] {
-            let p = Product { m, n, k, ta, tb };
-            for rival in rivals() {
-                let (error, _) = rival.time(&p, true, limits).unwrap();
-                assert!(error <= 1.0, "{} {p:?}: {error}", rival.name);
-            }
-            let (x, y) = (vec![1.0; m * k], vec![1.0; k * n]);
-            assert!(p.error(&x, &y, &vec![k as f32 + 0.1; m * n]) > 1.0);
-            assert!(p.error(&x, &y, &vec![f32::NAN; m * n]).is_nan());
-        }
-    }
 }
