@@ -7,7 +7,7 @@ pub mod tuned;
 pub mod wgpu;
 
 use crate::graph::plan::Memory;
-use crate::graph::{Graph, Phase, Spec, Tid};
+use crate::graph::{Graph, Node, Phase, Spec, Tid};
 use crate::ops::Op;
 use crate::{Error, Result};
 use std::collections::HashMap;
@@ -82,6 +82,20 @@ pub trait Backend: Send + Sync {
     /// The file of tuned variants in force (see [`tuned`]), or empty.
     fn tuned(&self) -> String {
         String::new()
+    }
+
+    /// What `node` launches in a variant (`None`: the rule's choice), as text that is the same where the launches are;
+    /// `None` where that is not known before it runs.
+    ///
+    /// # Errors
+    /// The variant does not support the node's shapes.
+    fn launches(
+        &self,
+        _graph: &Graph,
+        _node: &Node,
+        _variant: Option<&str>,
+    ) -> Result<Option<String>> {
+        Ok(None)
     }
 
     /// What every launch of `graph` takes of a multiprocessor, with its node, in order; empty where there are none.

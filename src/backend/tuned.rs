@@ -3,7 +3,7 @@
 
 use super::{Backend, CompileOptions, Exec, cuda};
 use crate::bench::model::signature;
-use crate::graph::{Graph, Spec};
+use crate::graph::{Graph, Node, Spec};
 use crate::report::write_atomic;
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
@@ -176,6 +176,15 @@ impl Backend for WithTuned {
 
     fn precision(&self) -> cuda::Precision {
         self.inner.precision()
+    }
+
+    fn launches(
+        &self,
+        graph: &Graph,
+        node: &Node,
+        variant: Option<&str>,
+    ) -> Result<Option<String>> {
+        self.inner.launches(graph, node, variant)
     }
 
     fn take_counts(&self) -> Vec<(String, cuda::Count)> {

@@ -8,13 +8,14 @@ use crate::backend::cuda::resources::{Footprint, Machine, paired};
 use crate::backend::cuda::sim::Counters;
 use crate::backend::tuned::case_of;
 use crate::backend::{Backend, CompileOptions, Exec, Span};
-use crate::graph::Phase;
+use crate::graph::{Graph, Phase, Tid};
 use crate::ops::check::{CaseGraph, case_graph, run_case, seed_of};
 use crate::ops::{Cost, Room};
 use crate::profile::Counted;
 use crate::{Error, Result};
 use serde::Serialize;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Which nodes of a case are timed.
@@ -125,6 +126,9 @@ impl Measured {
     }
 }
 
+/// The variant that stands for the op's own rule.
+pub const RULE: &str = "auto";
+
 /// The last-level caches of today's processors are smaller.
 pub(super) const ROTATED: usize = 256 << 20;
 /// How long a kernel runs before its times count, unless the limits give it no time: threads that the check left asleep
@@ -132,6 +136,15 @@ pub(super) const ROTATED: usize = 256 << 20;
 const WARM_UP: Duration = Duration::from_millis(50);
 /// Operations of a case that the float64 reference is asked to do; above, the check takes a smaller batch.
 const CHECKED: u64 = 300_000_000;
+
+/// A search for the fastest variant, where times of slow ones are of no interest: of the kernels only those are measured
+/// that have a choice on the device, and a variant is given up as soon as it is clearly behind.
+pub struct Contest<'a> {
+    /// Variants beside the rule's choice; empty: all.
+    pub only: &'a [String],
+    /// Told before each variant: its name, and the share of the variants that are done.
+    pub told: &'a mut dyn FnMut(&str, f64),
+}
 
 /// Times the kernels of `room(params)`.
 ///
@@ -143,6 +156,7 @@ pub fn measure_case(
     params: &str,
     options: &KernelOptions,
     ceilings: &Ceilings,
+    mut contest: Option<Contest>,
 ) -> Result<Measured> {
     let case = room.build(params)?;
     let cg = case_graph(&case, seed_of(params))?;
@@ -171,7 +185,18 @@ pub fn measure_case(
         mut rows,
         mut notes,
     } = Measured::default();
-    for (variant, those) in variants(&cg, &wanted, backend, options) {
+    let mut variants = match &contest {
+        None => variants(&cg, &wanted, backend, options),
+        Some(c) => candidates(&cg, &wanted, backend, c.only)?,
+    };
+    // Seconds by node, for the others to beat: the rule's choice first.
+    let mut best: BTreeMap<usize, f64> = BTreeMap::new();
+    let all = variants.len();
+    let rule = variants.remove_entry(RULE).into_iter();
+    for (done, (variant, those)) in rule.chain(variants).enumerate() {
+        if let Some(c) = &mut contest {
+            (c.told)(variant, done as f64 / all as f64);
+        }
         let compile = compile_as(&cg, &those, variant);
         let Some(error) = checked(backend, room, params, variant, &compile)? else {
             continue;
@@ -181,9 +206,16 @@ pub fn measure_case(
             notes.push(format!("registers and occupancy are not known: {e}"));
             BTreeMap::new()
         });
-        for (i, time) in time_nodes(backend, &cg, &compile, &those, options)? {
+        let beat = if contest.is_some() {
+            best.clone()
+        } else {
+            BTreeMap::new()
+        };
+        for (i, time) in time_nodes(backend, &cg, &compile, &those, options, &beat)? {
+            let b = best.entry(i).or_insert(f64::INFINITY);
+            *b = b.min(time.median);
             let (x, y) = cg.graph.node_specs(&nodes[i]);
-            let named = Some(variant).filter(|v| *v != "auto");
+            let named = Some(variant).filter(|v| *v != RULE);
             let executed = nodes[i].op.executed(backend.name(), named, &x, &y);
             let work = (cg.graph.node_cost(&nodes[i]), executed);
             rows.push(KernelReport {
@@ -302,12 +334,20 @@ fn row(
     }
 }
 
-/// The case with a batch that the reference can do in a second: `n` (images) or `m` (rows) cut down.
-fn smaller(room: &Room, params: &str) -> Result<String> {
+/// Operations of a case's op itself, forward.
+///
+/// # Errors
+/// The case is malformed.
+pub fn case_flops(room: &Room, params: &str) -> Result<u64> {
     let case = room.build(params)?;
     let specs: Vec<_> = case.operands.iter().map(|o| o.spec.clone()).collect();
     let y = case.op.infer(&specs).map_err(Error::input)?;
-    let flops = case.op.cost(&specs, &y).flops;
+    Ok(case.op.cost(&specs, &y).flops)
+}
+
+/// The case with a batch that the reference can do in a second: `n` (images) or `m` (rows) cut down.
+fn smaller(room: &Room, params: &str) -> Result<String> {
+    let flops = case_flops(room, params)?;
     if flops <= CHECKED {
         return Ok(params.into());
     }
@@ -334,7 +374,15 @@ pub fn time_case(
 ) -> Result<Vec<(String, Sample)>> {
     let cg = case_graph(&room.build(params)?, seed_of(params))?;
     let all: Vec<usize> = (0..cg.graph.nodes.len()).collect();
-    let times = time_nodes(backend, &cg, &CompileOptions::default(), &all, options)?;
+    let beat = BTreeMap::new();
+    let times = time_nodes(
+        backend,
+        &cg,
+        &CompileOptions::default(),
+        &all,
+        options,
+        &beat,
+    )?;
     let op = |i: usize| cg.graph.nodes[i].op.name().to_string();
     Ok(times.into_iter().map(|(i, t)| (op(i), t)).collect())
 }
@@ -452,11 +500,11 @@ fn variants(
     backend: &dyn Backend,
     options: &KernelOptions,
 ) -> BTreeMap<&'static str, Vec<usize>> {
-    let mut variants = BTreeMap::from([("auto", wanted.to_vec())]);
+    let mut variants = BTreeMap::from([(RULE, wanted.to_vec())]);
     if options.all_variants {
         for &i in wanted {
             let of_op = cg.graph.nodes[i].op.variants_on(backend.name());
-            for &v in of_op.iter().filter(|v| **v != "auto") {
+            for &v in of_op.iter().filter(|v| **v != RULE) {
                 variants.entry(v).or_default().push(i);
             }
         }
@@ -464,9 +512,44 @@ fn variants(
     variants
 }
 
+/// Variants (of `only`, where it names some) that launch something else than the rule's choice, which stands beside them,
+/// each with the nodes where it does.
+fn candidates(
+    cg: &CaseGraph,
+    wanted: &[usize],
+    backend: &dyn Backend,
+    only: &[String],
+) -> Result<BTreeMap<&'static str, Vec<usize>>> {
+    let mut variants: BTreeMap<&'static str, Vec<usize>> = BTreeMap::new();
+    for &i in wanted {
+        let node = &cg.graph.nodes[i];
+        let rule = backend.launches(&cg.graph, node, None)?;
+        let mut choice = false;
+        for &v in node.op.variants_on(backend.name()) {
+            if v == RULE || !(only.is_empty() || only.iter().any(|o| o == v)) {
+                continue;
+            }
+            match backend.launches(&cg.graph, node, Some(v)) {
+                Ok(same) if same.is_some() && same == rule => {}
+                Ok(_) => {
+                    choice = true;
+                    variants.entry(v).or_default().push(i);
+                }
+                // A variant need not support every shape, and says so.
+                Err(Error::Input(_)) => {}
+                Err(e) => return Err(e),
+            }
+        }
+        if choice {
+            variants.entry(RULE).or_default().push(i);
+        }
+    }
+    Ok(variants)
+}
+
 fn compile_as(cg: &CaseGraph, wanted: &[usize], variant: &str) -> CompileOptions {
     let mut compile = CompileOptions::default();
-    if variant != "auto" {
+    if variant != RULE {
         for &i in wanted {
             let op = cg.graph.nodes[i].op.name();
             compile.variants.insert(op.into(), variant.into());
@@ -488,7 +571,7 @@ fn checked(
     let findings = match run_case(room, &small, backend, compile) {
         Ok(f) => f,
         // A variant need not support every shape, and says so.
-        Err(Error::Input(_)) if variant != "auto" => return Ok(None),
+        Err(Error::Input(_)) if variant != RULE => return Ok(None),
         Err(e) => return Err(e),
     };
     if let Some(bad) = findings.iter().find(|f| !f.ok()) {
@@ -501,43 +584,92 @@ fn checked(
     Ok(Some(findings.iter().map(|f| f.worst).fold(0.0, f64::max)))
 }
 
-/// The time of each wanted node.
+/// The part of a case's graph that the `wanted` nodes need, with its nodes' places in the whole.
+fn part(cg: &CaseGraph, wanted: &[usize]) -> (Arc<Graph>, Vec<usize>) {
+    let nodes = &cg.graph.nodes;
+    let mut read: BTreeSet<Tid> = BTreeSet::new();
+    let mut kept = vec![];
+    for (i, node) in nodes.iter().enumerate().rev() {
+        if wanted.contains(&i) || node.outputs.iter().any(|t| read.contains(t)) {
+            read.extend(&node.inputs);
+            kept.push(i);
+        }
+    }
+    kept.reverse();
+    if kept.len() == nodes.len() {
+        return (cg.graph.clone(), kept);
+    }
+    let mut graph = Graph::clone(&cg.graph);
+    graph.nodes = kept.iter().map(|&i| nodes[i].clone()).collect();
+    (Arc::new(graph), kept)
+}
+
+/// A node whose first run takes this many times what it has to beat is given up.
+const FAR_BEHIND: f64 = 3.0;
+/// One whose second run still does, too.
+const BEHIND: f64 = 1.5;
+
+/// The time of each wanted node. Nodes that have to `beat` a time (in seconds) are given up once they are clearly behind.
 fn time_nodes(
     backend: &dyn Backend,
     cg: &CaseGraph,
     compile: &CompileOptions,
     wanted: &[usize],
     options: &KernelOptions,
+    beat: &BTreeMap<usize, f64>,
 ) -> Result<BTreeMap<usize, Sample>> {
+    let (graph, places) = part(cg, wanted);
     let mut execs: Vec<Box<dyn Exec>> = vec![];
     let mut bytes = 0;
     while execs.is_empty() || (!options.hot && bytes < ROTATED && execs.len() < 64) {
-        let mut exec = backend.compile(cg.graph.clone(), compile)?;
+        let mut exec = backend.compile(graph.clone(), compile)?;
         cg.write(exec.as_mut())?;
         bytes += exec.memory().bytes();
         execs.push(exec);
     }
     let phases = [Phase::Forward, Phase::Backward];
     let mut times: BTreeMap<usize, Vec<f64>> = BTreeMap::new();
+    let mut cold: BTreeMap<usize, Vec<f64>> = BTreeMap::new();
     let limits = options.limits;
     let warm_up = WARM_UP.min(limits.time);
     let begin = Instant::now();
     for run in 0.. {
         let turn = run % execs.len();
-        let warm = run >= limits.warm_up.max(execs.len()) && begin.elapsed() >= warm_up;
+        let spent = begin.elapsed();
+        let many = run >= limits.warm_up.max(execs.len()) && spent >= warm_up;
+        // One run that takes longer than all together should is warm-up enough.
+        let long = run > 0 && spent >= limits.time && limits.time > Duration::ZERO;
+        let sink = if many || long { &mut times } else { &mut cold };
         for (node, t) in execs[turn].run_timed(&phases)? {
-            if warm && wanted.contains(&node) {
-                times.entry(node).or_default().push(t.as_secs_f64());
+            let node = places[node];
+            if wanted.contains(&node) {
+                sink.entry(node).or_default().push(t.as_secs_f64());
             }
+        }
+        let given_up = |node: &usize| {
+            let mut all = [&cold, &times].into_iter().filter_map(|m| m.get(node));
+            let least = all.try_fold(f64::INFINITY, |a, t| {
+                t.iter().copied().reduce(f64::min).map(|b| a.min(b))
+            });
+            let factor = if run == 0 { FAR_BEHIND } else { BEHIND };
+            beat.get(node)
+                .zip(least)
+                .is_some_and(|(b, least)| least > factor * b)
+        };
+        let seen = if times.is_empty() { &cold } else { &times };
+        if !beat.is_empty() && !seen.is_empty() && seen.keys().all(given_up) {
+            break;
         }
         let taken = times.values().map(Vec::len).min().unwrap_or(0);
         // Every interval is not computed after every run: short kernels have thousands.
         let due = taken < 8 || taken.is_multiple_of(8) || begin.elapsed() >= limits.time;
-        let enough = |t: &Vec<f64>| limits.enough(t, begin.elapsed());
-        if taken > 0 && due && times.values().all(enough) {
+        let enough =
+            |(node, t): (&usize, &Vec<f64>)| limits.enough(t, begin.elapsed()) || given_up(node);
+        if taken > 0 && due && times.iter().all(enough) {
             break;
         }
     }
+    let times = if times.is_empty() { cold } else { times };
     Ok(times.into_iter().map(|(i, t)| (i, Sample::of(t))).collect())
 }
 
@@ -568,7 +700,7 @@ mod tests {
         };
         let (name, params) = case.split_once('(').unwrap();
         let params = params.trim_end_matches(')');
-        let found = measure_case(cpu.as_ref(), room(name)?, params, &options, &ceilings)?;
+        let found = measure_case(cpu.as_ref(), room(name)?, params, &options, &ceilings, None)?;
         assert!(found.notes.is_empty(), "{:?}", found.notes);
         Ok(found.rows)
     }
@@ -643,6 +775,42 @@ mod tests {
             let full = |f: &Footprint| f.occupancy.is_some_and(|o| o.share > 0.0 && o.share <= 1.0);
             assert!(all.iter().all(|(_, f)| full(f)));
         }
+    }
+
+    /// A part of a case has what it needs and no more; a node that cannot catch up is given up after one run.
+    #[test]
+    fn what_is_far_behind_is_given_up() {
+        let cpu = crate::backend::open("cpu").unwrap();
+        let case = "n=2,h=9,c=8,k=8,r=3,pad=1";
+        let cg = case_graph(&room("conv2d").unwrap().build(case).unwrap(), 1).unwrap();
+        let at = |op: &str| cg.graph.nodes.iter().position(|n| n.op.name() == op);
+        let wgrad = at("conv2d_wgrad").unwrap();
+        let (graph, places) = part(&cg, &[wgrad]);
+        assert!(graph.nodes.len() < cg.graph.nodes.len());
+        assert_eq!(places.last(), Some(&wgrad));
+        let options = KernelOptions {
+            passes: vec![],
+            all_variants: false,
+            hot: true,
+            rivals: false,
+            machine: None,
+            limits: Limits {
+                warm_up: 1,
+                min_runs: 5,
+                precision: 0.0,
+                time: Duration::from_millis(1),
+            },
+        };
+        let runs = |beat: f64| {
+            let beat = BTreeMap::from([(wgrad, beat)]);
+            let compile = CompileOptions::default();
+            let times = time_nodes(cpu.as_ref(), &cg, &compile, &[wgrad], &options, &beat);
+            let times = times.unwrap();
+            assert_eq!(times.len(), 1);
+            times[&wgrad].runs
+        };
+        assert_eq!(runs(1e-12), 1);
+        assert!(runs(10.0) >= 3);
     }
 
     #[test]

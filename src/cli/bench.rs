@@ -294,12 +294,12 @@ impl Bench {
         let mut rows = vec![];
         let mut told = BTreeSet::new();
         for case in cases {
-            let mut found = measure_case(backend.as_ref(), room, case, &options, &limits)?;
+            let mut found = measure_case(backend.as_ref(), room, case, &options, &limits, None)?;
             if found.rows.iter().any(|r| r.roofline > 1.0) {
                 // The ceilings were measured on a busy device, or this is an artefact: measured again, it must be below.
                 note("a kernel is faster than its ceiling: the ceilings are measured again");
                 limits = ceilings(backend.as_ref(), true)?;
-                found = measure_case(backend.as_ref(), room, case, &options, &limits)?;
+                found = measure_case(backend.as_ref(), room, case, &options, &limits, None)?;
             }
             found.drop_rivals_above_the_ceiling();
             if let Some(r) = found.rows.iter().find(|r| r.roofline > 1.0) {

@@ -5,11 +5,14 @@ use super::global::{Global, default_backend};
 use super::output::{json, note, print};
 use super::step::StepFlags;
 use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 use tilewright::backend::tuned::{Choice, TunedFile};
-use tilewright::bench::kernel::{KernelOptions, KernelReport, measure_case};
+use tilewright::bench::kernel::{
+    Contest, KernelOptions, KernelReport, RULE, case_flops, measure_case,
+};
 use tilewright::bench::model::layer_cases;
 use tilewright::bench::record::Verdict;
 use tilewright::bench::{Limits, ceilings};
@@ -96,15 +99,43 @@ impl Tune {
         let mut choices = vec![];
         let mut kernels = 0;
         let n = cases.len();
+        // Time goes with the operations of a case, more or less.
+        let flops = |(op, params): &(&str, String)| case_flops(room(op)?, params);
+        let flops = cases.iter().map(flops).collect::<Result<Vec<u64>>>()?;
+        let bar = bar(flops.iter().sum());
         for (i, (op, params)) in cases.iter().enumerate() {
-            note(&format!("{}/{n}: {op}({params})", i + 1));
-            let measure = || measure_case(backend.as_ref(), room(op)?, params, &options, &limits);
-            let rows = measure()?.rows;
+            let case = format!("{}/{n}: {op}({params})", i + 1);
+            if bar.is_hidden() {
+                note(&case);
+            }
+            let before: u64 = flops[..i].iter().sum();
+            let measure = |only: &[String], from: f64, to: f64| {
+                let mut told = |variant: &str, share: f64| {
+                    let done = (from + (to - from) * share) * flops[i] as f64;
+                    bar.set_position(before + done as u64);
+                    bar.set_message(format!("{case} {variant}"));
+                };
+                let contest = Contest {
+                    only,
+                    told: &mut told,
+                };
+                let room = room(op)?;
+                measure_case(
+                    backend.as_ref(),
+                    room,
+                    params,
+                    &options,
+                    &limits,
+                    Some(contest),
+                )
+            };
+            let rows = measure(&[], 0.0, 0.8)?.rows;
             kernels += rows.iter().filter(|r| r.variant == RULE).count();
             let mut found = chosen(&rows);
             if !found.is_empty() {
                 // A disturbance in the first round is no reason for a choice.
-                let again = chosen(&measure()?.rows);
+                let only: Vec<String> = found.iter().map(|c| c.variant.clone()).collect();
+                let again = chosen(&measure(&only, 0.8, 1.0)?.rows);
                 found.retain(|c| {
                     again
                         .iter()
@@ -118,6 +149,7 @@ impl Tune {
             // After every case, so that a run that is interrupted leaves what it found.
             file.save(&self.output)?;
         }
+        bar.finish_and_clear();
         if g.json {
             json(&choices)?;
             return Ok(ExitCode::SUCCESS);
@@ -133,7 +165,7 @@ impl Tune {
             ]);
         }
         print(&format!(
-            "{}\n{} of {kernels} kernels have a variant that beats the rule; {}\n",
+            "{}\n{} of {kernels} kernels with a choice have a variant that beats the rule; {}\n",
             t.to_text(),
             choices.len(),
             self.output.display()
@@ -142,8 +174,17 @@ impl Tune {
     }
 }
 
-/// The variant that stands for the op's own rule.
-const RULE: &str = "auto";
+/// A bar on standard error where that is a terminal, hidden elsewhere.
+fn bar(length: u64) -> ProgressBar {
+    let bar = ProgressBar::new(length);
+    let style = "{bar:24} {percent:>3} % {msg}, {eta} left";
+    if let Ok(style) = ProgressStyle::with_template(style) {
+        bar.set_style(style.progress_chars("=> "));
+    }
+    bar.enable_steady_tick(Duration::from_secs(1));
+    bar
+}
+
 /// A gain that is worth an entry.
 const LEAST_GAIN: f64 = 0.03;
 

@@ -298,6 +298,19 @@ impl Backend for Cuda {
         Some(self.driver.as_ref())
     }
 
+    fn launches(
+        &self,
+        graph: &Graph,
+        node: &Node,
+        variant: Option<&str>,
+    ) -> Result<Option<String>> {
+        let (x, y) = graph.node_specs(node);
+        let precision = self.options.precision;
+        let mut cx = CudaCx::new(self.driver.traits(), precision, &x, &y, variant);
+        node.op.cuda(&mut cx)?;
+        Ok(Some(format!("{:?}", cx.launches)))
+    }
+
     fn footprints(
         &self,
         graph: &Graph,

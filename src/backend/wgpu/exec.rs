@@ -5,7 +5,7 @@ use super::launch::{ALIGN, Arg, Launch, Slot, WgpuCx, WorkId, fold};
 use super::program::{Place, PlacedLaunch, Program, StepTime};
 use crate::backend::{Backend, CompileOptions, Exec, Span};
 use crate::graph::plan::{self, Limits, Memory};
-use crate::graph::{Graph, Phase, Tid};
+use crate::graph::{Graph, Node, Phase, Tid};
 use crate::{Error, Result};
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -47,6 +47,18 @@ impl Backend for Wgpu {
     fn device(&self) -> String {
         let r = self.device.report();
         format!("{} ({}, {}, {})", r.name, r.kind, r.api, r.driver)
+    }
+
+    fn launches(
+        &self,
+        graph: &Graph,
+        node: &Node,
+        variant: Option<&str>,
+    ) -> Result<Option<String>> {
+        let (x, y) = graph.node_specs(node);
+        let mut cx = WgpuCx::new(self.device.traits(), &x, &y, variant);
+        node.op.wgpu(&mut cx)?;
+        Ok(Some(format!("{:?}", cx.launches)))
     }
 
     fn compile(&self, graph: Arc<Graph>, options: &CompileOptions) -> Result<Box<dyn Exec>> {
