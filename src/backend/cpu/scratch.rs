@@ -13,9 +13,9 @@ thread_local! {
 pub(crate) fn with_floats<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
     let mut buffer = FLOATS.with_borrow_mut(|store| take(store, len));
     if buffer.len() < len {
-        // Not resized: that would copy what nobody reads, and may take twice what is asked for.
-        drop(buffer);
-        buffer = vec![0.0; len];
+        // Exactly: twice what is asked for is much for the largest.
+        buffer.reserve_exact(len - buffer.len());
+        buffer.resize(len, 0.0);
     }
     let result = f(&mut buffer[..len]);
     FLOATS.with_borrow_mut(|store| store.push(buffer));
