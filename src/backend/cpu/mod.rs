@@ -144,7 +144,9 @@ struct Arena {
 unsafe impl Send for Arena {}
 
 impl Arena {
-    fn new(elements: usize) -> Result<Self> {
+    /// With `large` pages, where the system has them, many runs are faster by some per cent; to make them may take it
+    /// longer than one run does.
+    fn new(elements: usize, large: bool) -> Result<Self> {
         let none = |e| {
             Error::run(format!(
                 "the plan wants {elements} elements of memory, more than there can be: {e}"
@@ -152,9 +154,13 @@ impl Arena {
         };
         let bytes = elements.max(16).saturating_mul(4);
         let mut map = MmapMut::map_anon(bytes).map_err(none)?;
-        // Large pages come in at a five-hundredth of the faults. Advice that is refused costs time and nothing else.
         #[cfg(target_os = "linux")]
-        let _ = map.advise(memmap2::Advice::HugePage);
+        if large {
+            // Advice that is refused costs time and nothing else.
+            let _ = map.advise(memmap2::Advice::HugePage);
+        }
+        #[cfg(not(target_os = "linux"))]
+        let _ = large;
         Ok(Arena {
             ptr: map.as_mut_ptr().cast(),
             _map: map,
@@ -218,7 +224,7 @@ impl Backend for Cpu {
         let arenas = memory
             .arenas
             .iter()
-            .map(|&n| Arena::new(n))
+            .map(|&n| Arena::new(n, !options.constant_params))
             .collect::<Result<Vec<_>>>()?;
         let none = Slot {
             ptr: std::ptr::NonNull::dangling().as_ptr(),
