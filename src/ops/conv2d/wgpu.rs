@@ -190,6 +190,19 @@ fn computed(s: &ConvShape, lanes: bool) -> ConvShape {
     }
 }
 
+/// Cuts the images for several launches, where `real` and what is computed of it have other pitches: see
+/// [`WgpuCx::chunks`].
+fn images(cx: &WgpuCx, real: &ConvShape, s: &ConvShape) -> Result<Vec<(usize, usize)>> {
+    let (pixels_in, pixels_out) = (s.h * s.w, s.ho * s.wo);
+    let widths = [
+        pixels_in * s.c,
+        pixels_in * real.c,
+        pixels_out * s.k,
+        pixels_out * real.k,
+    ];
+    cx.chunks(s.n, &widths)
+}
+
 /// Whether the lane kernels take `s`: its channels in fours, or padded to that.
 fn fits(s: &ConvShape) -> bool {
     s.groups == 1 || s.cg().is_multiple_of(4) && s.kg().is_multiple_of(4)
@@ -256,7 +269,7 @@ pub fn fprop(cx: &mut WgpuCx, s: &ConvShape, x: Arg, w: Arg, y: Arg, ep: Epilogu
     let lanes = lanes(cx, fits(&real))?;
     let s = computed(&real, lanes);
     let (pixels_in, pixels_out) = (s.h * s.w, s.ho * s.wo);
-    let chunks = cx.chunks(s.n, &[pixels_in * s.c, pixels_out * s.k])?;
+    let chunks = images(cx, &real, &s)?;
     let whole = chunks.len() == 1;
     let most = chunks[0].1;
     let w = padded_weights(cx, w, &real, &s)?;
@@ -370,22 +383,35 @@ pub fn dgrad(
     addend: Option<Arg>,
 ) -> Result<()> {
     let real = flat(s);
-    let lanes = lanes(cx, fits(&real) && real.cg().is_multiple_of(4))?;
+    let lanes = lanes(cx, fits(&real))?;
     let s = computed(&real, lanes);
     let (pixels_in, pixels_out) = (s.h * s.w, s.ho * s.wo);
-    let chunks = cx.chunks(s.n, &[pixels_in * s.c, pixels_out * s.k])?;
+    let chunks = images(cx, &real, &s)?;
     let whole = chunks.len() == 1;
+    let most = chunks[0].1;
     let w = padded_weights(cx, w, &real, &s)?;
-    let dyp = (s.k != real.k).then(|| Arg::Work(cx.workspace(chunks[0].1 * pixels_out * s.k)));
+    let dyp = (s.k != real.k).then(|| Arg::Work(cx.workspace(most * pixels_out * s.k)));
+    let dxp = (s.c != real.c).then(|| Arg::Work(cx.workspace(most * pixels_in * s.c)));
+    let addp = addend
+        .filter(|_| s.c != real.c)
+        .map(|_| Arg::Work(cx.workspace(most * pixels_in * s.c)));
     for (n0, n) in chunks {
         let mut dy = cut(dy, whole, n0 * pixels_out * real.k, n * pixels_out * real.k);
         if let Some(dyp) = dyp {
             repitch(cx, dy, dyp, n * pixels_out, real.k, s.k)?;
             dy = dyp;
         }
-        let image = |a: Arg| cut(a, whole, n0 * pixels_in * s.c, n * pixels_in * s.c);
-        let dx = image(dx);
-        let add = addend.map_or(dx, image);
+        let image = |a: Arg| {
+            let (from, len) = (n0 * pixels_in * real.c, n * pixels_in * real.c);
+            cut(a, whole, from, len)
+        };
+        let result = image(dx);
+        let dx = dxp.unwrap_or(result);
+        let mut add = addend.map_or(dx, image);
+        if let Some(addp) = addp {
+            repitch(cx, add, addp, n * pixels_in, real.c, s.c)?;
+            add = addp;
+        }
         for cy in 0..s.stride[0].min(s.h) {
             for cx_ in 0..s.stride[1].min(s.w) {
                 let (hc, wc) = (
@@ -409,6 +435,9 @@ pub fn dgrad(
                 multiply(cx, &s, lanes, ("dgrad", 1), block, s.cg(), args)?;
             }
         }
+        if let Some(dxp) = dxp {
+            repitch(cx, dxp, result, n * pixels_in, s.c, real.c)?;
+        }
     }
     Ok(())
 }
@@ -426,7 +455,7 @@ pub fn wgrad(cx: &mut WgpuCx, s: &ConvShape, x: Arg, dy: Arg, dw: Arg) -> Result
     let s = computed(&real, lanes);
     let pad = s.c != real.c;
     let (pixels_in, pixels_out) = (s.h * s.w, s.ho * s.wo);
-    let chunks = cx.chunks(s.n, &[pixels_in * s.c, pixels_out * s.k])?;
+    let chunks = images(cx, &real, &s)?;
     let whole = chunks.len() == 1;
     let columns = s.r * s.s * s.cg();
     let (k_tile, column_tile, consts) = match (lanes, s.kg() <= 16) {
