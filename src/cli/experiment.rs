@@ -131,11 +131,7 @@ impl ExperimentCommand {
                 page.answer
             ))?;
             if !missing.is_empty() {
-                note(&format!(
-                    "{} runs are not finished: {}",
-                    missing.len(),
-                    missing.join(", ")
-                ));
+                note(&report::unfinished(&missing));
             }
             note(&format!("report: {}", dir.join("report.html").display()));
         }

@@ -187,6 +187,20 @@ fn by_images<'a, 'b>(groups: &'b [Group<'a>]) -> Vec<Vec<&'b Group<'a>>> {
     all
 }
 
+/// `57 runs are not finished: ...`: the first of them by name.
+pub fn unfinished(missing: &[String]) -> String {
+    const NAMED: usize = 4;
+    let named = missing[..missing.len().min(NAMED)].join(", ");
+    let more = match missing.len().saturating_sub(NAMED) {
+        0 => String::new(),
+        n => format!(" and {n} more"),
+    };
+    match missing.len() {
+        1 => format!("1 run is not finished: {named}"),
+        n => format!("{n} runs are not finished: {named}{more}"),
+    }
+}
+
 fn with_margin(s: Summary, decimals: usize) -> String {
     match s.half.is_finite() {
         true => format!(
@@ -400,10 +414,7 @@ pub fn page(
         ),
     ];
     if !missing.is_empty() {
-        summary_of_all.push(Block::Text(format!(
-            "Not finished: {}.",
-            missing.join(", ")
-        )));
+        summary_of_all.push(Block::Text(format!("{}.", unfinished(missing))));
     }
     d.sections.push(("Summary".into(), summary_of_all));
     if let Some(t) = tests(&groups) {
