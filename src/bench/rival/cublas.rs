@@ -1,13 +1,12 @@
 //! Matrix products by cuBLAS: `cublasGemmEx` with float32 sums.
 
-use super::device::{Sets, Stream, check, int, load, symbol};
+use super::device::{Owned, Sets, Stream, check, int, load, symbol};
 use super::task::Task;
 use super::{Library, Run};
 use crate::backend::cuda::Precision;
 use crate::ops::Product;
 use crate::{Error, Result};
 use std::ffi::{c_char, c_int, c_void};
-use std::ptr::null_mut;
 
 #[cfg(not(windows))]
 const NAMES: &[&str] = &["libcublas.so.13", "libcublas.so.12", "libcublas.so"];
@@ -65,8 +64,7 @@ type GemmEx = unsafe extern "C" fn(
 /// cuBLAS with a handle on the backend's stream.
 pub struct Cublas<'a> {
     stream: Stream<'a>,
-    handle: Handle,
-    destroy: unsafe extern "C" fn(Handle) -> c_int,
+    handle: Owned,
     gemm: GemmEx,
     text: unsafe extern "C" fn(c_int) -> *const c_char,
 }
@@ -89,14 +87,13 @@ impl<'a> Cublas<'a> {
                 symbol(library, "cublasSetStream_v2")?;
             let mut cublas = Cublas {
                 stream,
-                handle: null_mut(),
-                destroy: symbol(library, "cublasDestroy_v2")?,
+                handle: Owned::none(symbol(library, "cublasDestroy_v2")?),
                 gemm: symbol(library, "cublasGemmEx")?,
                 text: symbol(library, "cublasGetStatusString")?,
             };
-            let created = create(&mut cublas.handle);
+            let created = create(&mut cublas.handle.raw);
             cublas.check(created, "cublasCreate")?;
-            cublas.check(on(cublas.handle, stream.raw), "cublasSetStream")?;
+            cublas.check(on(cublas.handle.raw, stream.raw), "cublasSetStream")?;
             Ok(cublas)
         }
     }
@@ -113,7 +110,7 @@ impl<'a> Cublas<'a> {
         // SAFETY: `Sets` holds operands and result of the product's sizes; the factors are read before the call returns.
         let status = unsafe {
             (self.gemm)(
-                self.handle,
+                self.handle.raw,
                 g.transposed[0],
                 g.transposed[1],
                 m,
@@ -135,15 +132,6 @@ impl<'a> Cublas<'a> {
             )
         };
         self.check(status, "cublasGemmEx")
-    }
-}
-
-impl Drop for Cublas<'_> {
-    fn drop(&mut self) {
-        if !self.handle.is_null() {
-            // SAFETY: made by cublasCreate, destroyed once.
-            unsafe { (self.destroy)(self.handle) };
-        }
     }
 }
 
@@ -285,8 +273,7 @@ mod tests {
     fn with(driver: &Host, gemm: GemmEx, precision: Precision) -> Rivals<'_> {
         let cublas = Cublas {
             stream: Stream::of(driver, precision).unwrap(),
-            handle: null_mut(),
-            destroy: nothing,
+            handle: Owned::none(nothing),
             gemm,
             text,
         };

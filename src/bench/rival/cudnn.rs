@@ -3,15 +3,14 @@
 //! These are the functions of cuDNN 7, which cuDNN 9 still has. Forward, dgrad and wgrad have the same parameters up to
 //! which tensor stands where, so one piece of code calls all three.
 
-use super::device::{Sets, Stream, check, int, load, symbol};
+use super::device::{Owned, Sets, Stream, check, int, load, symbol};
 use super::task::Task;
 use super::{Library, Run};
 use crate::backend::cuda::Precision;
-use crate::ops::conv2d::{ConvShape, Sum};
+use crate::ops::conv2d::{ConvShape, Pass};
 use crate::{Error, Result};
 use libloading::Library as Loaded;
 use std::ffi::{c_char, c_int, c_void};
-use std::ptr::null_mut;
 
 #[cfg(not(windows))]
 const NAMES: &[&str] = &["libcudnn.so.9", "libcudnn.so"];
@@ -40,11 +39,11 @@ fn types(precision: Precision) -> (c_int, c_int) {
 
 /// Whether an algorithm does every product of the definition: the others are Winograd's and Fourier's
 /// (`cudnnConvolutionFwdAlgo_t`, `...BwdDataAlgo_t`, `...BwdFilterAlgo_t`).
-fn direct(sum: Sum, algorithm: c_int) -> bool {
-    match sum {
-        Sum::Forward => matches!(algorithm, 0..=3),
-        Sum::Dgrad => matches!(algorithm, 0 | 1),
-        Sum::Wgrad => matches!(algorithm, 0 | 1 | 3),
+fn direct(pass: Pass, algorithm: c_int) -> bool {
+    match pass {
+        Pass::Fprop => matches!(algorithm, 0..=3),
+        Pass::Dgrad => matches!(algorithm, 0 | 1),
+        Pass::Wgrad => matches!(algorithm, 0 | 1 | 3),
     }
 }
 
@@ -67,7 +66,6 @@ const RESULTS: usize = 16;
 type Handle = *mut c_void;
 type Descriptor = *mut c_void;
 type Create = unsafe extern "C" fn(*mut Descriptor) -> c_int;
-type Destroy = unsafe extern "C" fn(Descriptor) -> c_int;
 type SetTensor =
     unsafe extern "C" fn(Descriptor, c_int, c_int, c_int, c_int, c_int, c_int) -> c_int;
 type SetConvolution = unsafe extern "C" fn(
@@ -117,7 +115,7 @@ type Convolve = unsafe extern "C" fn(
     u64,
 ) -> c_int;
 
-/// The functions of one sum.
+/// The functions of one pass.
 #[derive(Clone, Copy)]
 struct Functions {
     find: Find,
@@ -128,11 +126,11 @@ struct Functions {
 impl Functions {
     /// # Errors
     /// The library has not all of them.
-    fn of(library: &'static Loaded, sum: Sum) -> Result<Functions> {
-        let name = match sum {
-            Sum::Forward => "Forward",
-            Sum::Dgrad => "BackwardData",
-            Sum::Wgrad => "BackwardFilter",
+    fn of(library: &'static Loaded, pass: Pass) -> Result<Functions> {
+        let name = match pass {
+            Pass::Fprop => "Forward",
+            Pass::Dgrad => "BackwardData",
+            Pass::Wgrad => "BackwardFilter",
         };
         // SAFETY: the types are those of cudnn_cnn.h.
         unsafe {
@@ -149,8 +147,7 @@ impl Functions {
 pub struct Cudnn<'a> {
     stream: Stream<'a>,
     library: &'static Loaded,
-    handle: Handle,
-    destroy: unsafe extern "C" fn(Handle) -> c_int,
+    handle: Owned,
     text: unsafe extern "C" fn(c_int) -> *const c_char,
 }
 
@@ -172,13 +169,12 @@ impl<'a> Cudnn<'a> {
             let mut cudnn = Cudnn {
                 stream,
                 library,
-                handle: null_mut(),
-                destroy: symbol(library, "cudnnDestroy")?,
+                handle: Owned::none(symbol(library, "cudnnDestroy")?),
                 text: symbol(library, "cudnnGetErrorString")?,
             };
-            let created = create(&mut cudnn.handle);
+            let created = create(&mut cudnn.handle.raw);
             cudnn.check(created, "cudnnCreate")?;
-            cudnn.check(on(cudnn.handle, stream.raw), "cudnnSetStream")?;
+            cudnn.check(on(cudnn.handle.raw, stream.raw), "cudnnSetStream")?;
             Ok(cudnn)
         }
     }
@@ -192,10 +188,8 @@ impl<'a> Cudnn<'a> {
         // SAFETY: the types are those of cudnn_ops.h; destroyed once, in drop.
         unsafe {
             let create: Create = symbol(self.library, &format!("cudnnCreate{kind}Descriptor"))?;
-            let mut owned = Owned {
-                raw: null_mut(),
-                destroy: symbol(self.library, &format!("cudnnDestroy{kind}Descriptor"))?,
-            };
+            let destroy = symbol(self.library, &format!("cudnnDestroy{kind}Descriptor"))?;
+            let mut owned = Owned::none(destroy);
             self.check(create(&mut owned.raw), &format!("a {kind} descriptor"))?;
             Ok(owned)
         }
@@ -232,30 +226,6 @@ impl<'a> Cudnn<'a> {
             self.check(arithmetic(convolution.raw, math), "its arithmetic")?;
         }
         Ok(all)
-    }
-}
-
-impl Drop for Cudnn<'_> {
-    fn drop(&mut self) {
-        if !self.handle.is_null() {
-            // SAFETY: made by cudnnCreate, destroyed once.
-            unsafe { (self.destroy)(self.handle) };
-        }
-    }
-}
-
-/// A descriptor.
-struct Owned {
-    raw: Descriptor,
-    destroy: Destroy,
-}
-
-impl Drop for Owned {
-    fn drop(&mut self) {
-        if !self.raw.is_null() {
-            // SAFETY: made by the library, destroyed once.
-            unsafe { (self.destroy)(self.raw) };
-        }
     }
 }
 
@@ -309,22 +279,22 @@ impl Library for Cudnn<'_> {
         operands: [&[f32]; 2],
         copies: usize,
     ) -> Result<Box<dyn Run + 'a>> {
-        let Task::Convolution(shape, sum) = task else {
+        let Task::Convolution(shape, pass) = task else {
             return Err(Error::run("this is no convolution"));
         };
-        let functions = Functions::of(self.library, *sum)?;
+        let functions = Functions::of(self.library, *pass)?;
         let [x, w, y, convolution] = self.describe(&Sizes::of(shape)?)?;
-        let [first, second, result] = match sum {
-            Sum::Forward => [x, w, y],
-            Sum::Dgrad => [w, y, x],
-            Sum::Wgrad => [x, y, w],
+        let [first, second, result] = match pass {
+            Pass::Fprop => [x, w, y],
+            Pass::Dgrad => [w, y, x],
+            Pass::Wgrad => [x, y, w],
         };
         let mut found = [Found::default(); RESULTS];
         let mut n = 0;
         // SAFETY: live descriptors, and room for as many results as are asked for.
         let status = unsafe {
             (functions.find)(
-                self.handle,
+                self.handle.raw,
                 first.raw,
                 second.raw,
                 convolution.raw,
@@ -354,7 +324,7 @@ impl Library for Cudnn<'_> {
         // SAFETY: live descriptors.
         let status = unsafe {
             (functions.size)(
-                self.handle,
+                self.handle.raw,
                 first.raw,
                 second.raw,
                 convolution.raw,
@@ -372,7 +342,7 @@ impl Library for Cudnn<'_> {
             descriptors: [first, second, result, convolution],
             convolve: functions.convolve,
             algorithm: best.algorithm,
-            direct: direct(*sum, best.algorithm),
+            direct: direct(*pass, best.algorithm),
             workspace: (workspace, bytes),
         }))
     }
@@ -387,7 +357,7 @@ impl Run for Prepared<'_> {
             // returns.
             let status = unsafe {
                 (self.convolve)(
-                    self.cudnn.handle,
+                    self.cudnn.handle.raw,
                     &one,
                     first.raw,
                     a,
@@ -437,7 +407,7 @@ mod tests {
     fn sizes_describe_the_convolution() {
         let mut rng = Philox::new(9, 0);
         let shape = ConvShape::new([2, 6, 5, 6], [4, 3, 2], [2, 1], [1, 0], 2).unwrap();
-        let task = Task::Convolution(shape, Sum::Forward);
+        let task = Task::Convolution(shape, Pass::Fprop);
         let [lx, lw, ly] = task.lengths();
         let mut random = |n: usize| (0..n).map(|_| rng.normal()).collect::<Vec<f32>>();
         let (x, w, mut y) = (random(lx), random(lw), vec![f32::NAN; ly]);
@@ -490,16 +460,15 @@ mod tests {
         if let Err(e) = Cudnn::open(stream) {
             assert!(e.to_string().contains("cuDNN, cudnnCreate"), "{e}");
         }
-        for sum in [Sum::Forward, Sum::Dgrad, Sum::Wgrad] {
-            Functions::of(library, sum).unwrap();
+        for pass in [Pass::Fprop, Pass::Dgrad, Pass::Wgrad] {
+            Functions::of(library, pass).unwrap();
         }
         // SAFETY: the types are those of cudnn_graph.h, cudnn_ops.h and cudnn_cnn.h.
         unsafe {
             let cudnn = Cudnn {
                 stream,
                 library,
-                handle: null_mut(),
-                destroy: symbol(library, "cudnnDestroy").unwrap(),
+                handle: Owned::none(symbol(library, "cudnnDestroy").unwrap()),
                 text: symbol(library, "cudnnGetErrorString").unwrap(),
             };
             let shape = ConvShape::new([2, 6, 5, 6], [4, 3, 2], [2, 1], [1, 0], 2).unwrap();

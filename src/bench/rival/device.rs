@@ -61,6 +61,32 @@ pub unsafe fn symbol<T: Copy>(library: &'static Library, name: &str) -> Result<T
         .map_err(|e| Error::run(format!("the library has no {name}: {e}")))
 }
 
+/// A handle or a descriptor that a library made, destroyed by it in the end.
+pub struct Owned {
+    /// Null until it is made.
+    pub raw: *mut c_void,
+    destroy: unsafe extern "C" fn(*mut c_void) -> c_int,
+}
+
+impl Owned {
+    /// Room for what `destroy` will end.
+    pub fn none(destroy: unsafe extern "C" fn(*mut c_void) -> c_int) -> Owned {
+        Owned {
+            raw: std::ptr::null_mut(),
+            destroy,
+        }
+    }
+}
+
+impl Drop for Owned {
+    fn drop(&mut self) {
+        if !self.raw.is_null() {
+            // SAFETY: made by the library, destroyed once.
+            unsafe { (self.destroy)(self.raw) };
+        }
+    }
+}
+
 /// A status that is not 0 as an error, with the library's own words for it.
 pub fn check(
     status: c_int,

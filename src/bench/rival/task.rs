@@ -3,7 +3,7 @@
 use crate::backend::cuda::Precision;
 use crate::graph::Spec;
 use crate::ops::check::F32_TOLERANCE;
-use crate::ops::conv2d::{ConvShape, Sum, convolution};
+use crate::ops::conv2d::{ConvShape, Pass, convolution};
 use crate::ops::{Op, Product};
 
 /// A sum of products of two operands' elements, by element of a result.
@@ -12,14 +12,14 @@ pub enum Task {
     /// A and B give the product.
     Product(Product),
     /// x and w give y, w and dy give dx, or x and dy give dw.
-    Convolution(ConvShape, Sum),
+    Convolution(ConvShape, Pass),
 }
 
 impl Task {
     /// What `op` is but for its epilogue: nothing, a product, a convolution, or both.
     pub fn of(op: &dyn Op, x: &[Spec]) -> Vec<Task> {
         let product = op.product(x).map(Task::Product);
-        let convolution = convolution(op, x).map(|(s, sum)| Task::Convolution(s, sum));
+        let convolution = convolution(op, x).map(|(s, pass)| Task::Convolution(s, pass));
         product.into_iter().chain(convolution).collect()
     }
 
@@ -27,12 +27,12 @@ impl Task {
     pub fn lengths(&self) -> [usize; 3] {
         match self {
             Task::Product(p) => [p.m * p.k, p.k * p.n, p.m * p.n],
-            Task::Convolution(s, sum) => {
+            Task::Convolution(s, pass) => {
                 let [x, w, y] = [s.input_len(), s.weight_len(), s.output_len()];
-                match sum {
-                    Sum::Forward => [x, w, y],
-                    Sum::Dgrad => [w, y, x],
-                    Sum::Wgrad => [x, y, w],
+                match pass {
+                    Pass::Fprop => [x, w, y],
+                    Pass::Dgrad => [w, y, x],
+                    Pass::Wgrad => [x, y, w],
                 }
             }
         }
@@ -48,7 +48,7 @@ impl Task {
                     f(a, if p.tb { j * p.k + l } else { l * p.n + j });
                 }
             }
-            Task::Convolution(s, sum) => {
+            Task::Convolution(s, pass) => {
                 let x = |n, h, w, c| ((n * s.h + h) * s.w + w) * s.c + c;
                 let y = |n, p, q, k| ((n * s.ho + p) * s.wo + q) * s.k + k;
                 let weight = |k, r, t, c| ((k * s.r + r) * s.s + t) * s.cg() + c;
@@ -57,8 +57,8 @@ impl Task {
                     let place = (out * s.stride[d] + tap).checked_sub(s.pad[d])?;
                     (place < size).then_some(place)
                 };
-                match sum {
-                    Sum::Forward => {
+                match pass {
+                    Pass::Fprop => {
                         let (k, q, p, n) = split(at, [s.k, s.wo, s.ho]);
                         for (r, t) in grid(s.r, s.s) {
                             let (Some(h), Some(w)) = (hit(0, p, r, s.h), hit(1, q, t, s.w)) else {
@@ -69,7 +69,7 @@ impl Task {
                             }
                         }
                     }
-                    Sum::Dgrad => {
+                    Pass::Dgrad => {
                         let (c, w, h, n) = split(at, [s.c, s.w, s.h]);
                         let group = c / s.cg();
                         let rows = grid(s.ho, s.r).filter(|&(p, r)| hit(0, p, r, s.h) == Some(h));
@@ -82,7 +82,7 @@ impl Task {
                             }
                         }
                     }
-                    Sum::Wgrad => {
+                    Pass::Wgrad => {
                         let (c, t, r, k) = split(at, [s.cg(), s.s, s.r]);
                         let c = k / s.kg() * s.cg() + c;
                         for n in 0..s.n {
@@ -169,7 +169,7 @@ mod tests {
                     let mut operands = [data(node.inputs[0]), data(node.inputs[1])];
                     let swapped = match task {
                         Task::Product(_) => node.op.name().ends_with("_wgrad"),
-                        Task::Convolution(_, sum) => sum == Sum::Dgrad,
+                        Task::Convolution(_, pass) => pass == Pass::Dgrad,
                     };
                     if swapped {
                         operands.reverse();

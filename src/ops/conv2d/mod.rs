@@ -250,30 +250,19 @@ impl Op for Conv2d {
     }
 }
 
-/// One of a convolution's three sums.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Sum {
-    /// The result.
-    Forward,
-    /// The input's gradient.
-    Dgrad,
-    /// The weights' gradient.
-    Wgrad,
-}
-
 /// Which convolution `op` computes but for its epilogue, where it is one.
-pub fn convolution(op: &dyn Op, x: &[Spec]) -> Option<(ConvShape, Sum)> {
+pub fn convolution(op: &dyn Op, x: &[Spec]) -> Option<(ConvShape, Pass)> {
     if let Some(op) = op.downcast::<Conv2d>() {
-        return Some((op.shape(x), Sum::Forward));
+        return Some((op.shape(x), Pass::Fprop));
     }
     if let Some(op) = op.downcast::<Conv2dDgrad>() {
-        return Some((op.shape(x).ok()?, Sum::Dgrad));
+        return Some((op.shape(x).ok()?, Pass::Dgrad));
     }
     let op = op.downcast::<Conv2dWgrad>()?;
-    Some((op.shape(x).ok()?, Sum::Wgrad))
+    Some((op.shape(x).ok()?, Pass::Wgrad))
 }
 
-/// Operations of the default kernel of a backend.
+/// Operations that a backend's kernel does in a variant.
 fn executed((backend, variant): (&str, Option<&str>), shape: &ConvShape, pass: Pass) -> u64 {
     match (backend, cpu::algorithm(variant)) {
         ("cpu", Ok(algorithm)) if variant != Some("float64_sums") => {

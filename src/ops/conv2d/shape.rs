@@ -17,8 +17,11 @@ pub enum Algorithm {
 /// One of the three products of a convolution.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pass {
+    /// The result.
     Fprop,
+    /// The input's gradient.
     Dgrad,
+    /// The weights' gradient.
     Wgrad,
 }
 
