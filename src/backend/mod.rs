@@ -165,10 +165,11 @@ pub trait Exec: Send {
     /// As [`read`](Self::read).
     fn read_u32(&mut self, t: Tid) -> Result<Vec<u32>>;
 
-    /// Runs the nodes of `phases`, in the graph's order.
+    /// Runs the nodes of `phases`, in the graph's order. A device may still be at it when this returns, so that the host
+    /// can prepare what comes next; what is written comes after it, and reading waits.
     ///
     /// # Errors
-    /// The device is lost or a kernel failed.
+    /// The device is lost or a kernel failed; where the device is not waited for, [`read`](Self::read) says it.
     fn run(&mut self, phases: &[Phase]) -> Result<()>;
 
     /// Runs the nodes of `phases` and returns every launch with its time (or what it did, on the simulator), in order.

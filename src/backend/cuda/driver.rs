@@ -96,6 +96,20 @@ pub trait Driver: Send + Sync + Debug {
     /// The device is lost.
     fn upload(&self, address: u64, bytes: &[u8]) -> Result<()>;
 
+    /// Whether [`upload_beside`](Self::upload_beside) overlaps copies and kernels, so that memory for it pays.
+    fn overlaps(&self) -> bool {
+        false
+    }
+
+    /// Copies to `by`, from [`alloc`](Self::alloc) and used for this alone, while kernels that were launched before run,
+    /// and on to `address` after them.
+    ///
+    /// # Errors
+    /// As [`upload`](Self::upload).
+    fn upload_beside(&self, _by: u64, address: u64, bytes: &[u8]) -> Result<()> {
+        self.upload(address, bytes)
+    }
+
     /// Copies from the device, after all that was launched before.
     ///
     /// # Errors

@@ -5,6 +5,7 @@ use super::compile::Compiler;
 use super::driver::{Count, Driver, GraphId, KernelId, ModuleId, Placed, Step};
 use super::launch::{ALIGN, Consts, CudaCx, CudaLaunch, Precision, Slot, WorkId, pack};
 use super::nvrtc::Target;
+use super::pinned::STAGED_FROM;
 use super::resources::{Footprint, Machine, resources};
 use super::sources::KernelSource;
 use crate::backend::{Backend, CompileOptions, Exec, Span};
@@ -420,7 +421,9 @@ impl Backend for Cuda {
             nodes,
             capture: self.options.graph,
             ran: HashMap::new(),
-            _allocations: allocations,
+            ways: HashMap::new(),
+            full: false,
+            allocations,
         }))
     }
 }
@@ -436,7 +439,20 @@ struct CudaExec {
     capture: bool,
     /// Phases that ran before, with their graph once it is recorded.
     ran: HashMap<Vec<Phase>, Option<GraphId>>,
-    _allocations: Allocations,
+    /// How large inputs that were written before come.
+    ways: HashMap<Tid, Way>,
+    /// There was no memory for another way.
+    full: bool,
+    allocations: Allocations,
+}
+
+/// How an input comes to the device when it is written again.
+#[derive(Clone, Copy, Debug)]
+enum Way {
+    /// To where it lies, in order with the kernels.
+    Direct,
+    /// By other memory, beside kernels that still run.
+    By(u64),
 }
 
 impl CudaExec {
@@ -461,7 +477,32 @@ impl CudaExec {
                 data.len()
             )));
         }
-        self.driver.upload(address, bytemuck::cast_slice(data))
+        let bytes = bytemuck::cast_slice(data);
+        match self.way(t, bytes.len()) {
+            Way::Direct => self.driver.upload(address, bytes),
+            Way::By(by) => self.driver.upload_beside(by, address, bytes),
+        }
+    }
+
+    /// How `t` comes now. What is written but once, weights or a benchmark's operands, needs no memory beside its own;
+    /// where there is none left, neither does the rest.
+    fn way(&mut self, t: Tid, bytes: usize) -> Way {
+        let input = self.graph.tensor(t).kind == Kind::Input;
+        if !self.driver.overlaps() || !input || bytes < STAGED_FROM {
+            return Way::Direct;
+        }
+        let way = match self.ways.get(&t) {
+            None => Way::Direct,
+            Some(Way::By(by)) => return Way::By(*by),
+            Some(Way::Direct) if self.full => return Way::Direct,
+            Some(Way::Direct) => {
+                let found = self.allocations.add(bytes / 4, &self.graph.tensor(t).name);
+                self.full = found.is_err();
+                found.map_or(Way::Direct, Way::By)
+            }
+        };
+        self.ways.insert(t, way);
+        way
     }
 
     fn get<T: bytemuck::Pod>(&mut self, t: Tid) -> Result<Vec<T>> {
@@ -538,13 +579,7 @@ impl Exec for CudaExec {
             self.ran.insert(phases.to_vec(), graph);
         }
         if let Some(&Some(graph)) = self.ran.get(phases) {
-            return self.annotated(
-                || format!("{phases:?}"),
-                || {
-                    self.driver.replay(graph)?;
-                    self.driver.synchronize()
-                },
-            );
+            return self.annotated(|| format!("{phases:?}"), || self.driver.replay(graph));
         }
         let wanted = self.wanted(phases);
         let node = |&i: &usize| &self.graph.nodes[self.nodes[i]];
@@ -559,7 +594,7 @@ impl Exec for CudaExec {
             )?;
         }
         self.ran.entry(phases.to_vec()).or_default();
-        self.driver.synchronize()
+        Ok(())
     }
 
     fn run_traced(&mut self, phases: &[Phase]) -> Result<Vec<Span>> {

@@ -58,7 +58,7 @@ pub fn open_device(which: Option<&str>, options: CudaOptions) -> Result<Box<dyn 
 
 /// Whether this machine has a device and a compiler for it.
 pub fn present() -> bool {
-    real::present() && Nvrtc::get().is_ok() && Real::open(0).is_ok()
+    real::present() && Nvrtc::get().is_ok() && real::Device::find(0).is_ok()
 }
 
 /// Whether the simulator can run: it needs NVRTC alone.
@@ -71,9 +71,9 @@ pub fn sim_present() -> bool {
 /// # Errors
 /// There is no driver or no device.
 pub fn cuda_devices() -> Result<Vec<String>> {
-    let mut found = vec![Real::open(0)?.device()];
-    while let Ok(next) = Real::open(found.len()) {
-        found.push(next.device());
+    let mut found = vec![real::Device::find(0)?.to_string()];
+    while let Ok(next) = real::Device::find(found.len()) {
+        found.push(next.to_string());
     }
     Ok(found)
 }

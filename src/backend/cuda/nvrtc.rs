@@ -30,6 +30,7 @@ pub struct Nvrtc {
     log: (Sized, Bytes),
     ptx: (Sized, Bytes),
     cubin: (Sized, Bytes),
+    archs: Vec<u32>,
 }
 
 impl std::fmt::Debug for Nvrtc {
@@ -169,6 +170,18 @@ impl Nvrtc {
         let (mut major, mut minor) = (0, 0);
         // SAFETY: two valid places.
         unsafe { version(&mut major, &mut minor) };
+        let arch_count: unsafe extern "C" fn(*mut c_int) -> c_int =
+            symbol!("nvrtcGetNumSupportedArchs");
+        let arch_list: unsafe extern "C" fn(*mut c_int) -> c_int =
+            symbol!("nvrtcGetSupportedArchs");
+        let mut n = 0;
+        // SAFETY: a valid place, then as many as NVRTC says that it fills.
+        let archs = unsafe {
+            arch_count(&mut n);
+            let mut archs = vec![0; n as usize];
+            arch_list(archs.as_mut_ptr());
+            archs
+        };
         Ok(Nvrtc {
             version: (major as u32, minor as u32),
             error_string: symbol!("nvrtcGetErrorString"),
@@ -181,8 +194,24 @@ impl Nvrtc {
             ),
             ptx: (symbol!("nvrtcGetPTXSize"), symbol!("nvrtcGetPTX")),
             cubin: (symbol!("nvrtcGetCUBINSize"), symbol!("nvrtcGetCUBIN")),
+            archs: archs.into_iter().map(|a| a as u32).collect(),
             path: file_of(version as *const _).unwrap_or(path),
         })
+    }
+
+    /// What to compile for a device of compute capability `arch`: its machine code, or where this NVRTC is older than the
+    /// device, the newest PTX that it knows, which the driver translates.
+    pub fn target(&self, arch: u32) -> Target {
+        let older = self.archs.iter().filter(|&&a| a < arch).max();
+        match (self.archs.contains(&arch), older) {
+            (false, Some(&newest)) => Target::Ptx(newest),
+            _ => Target::Cubin(arch),
+        }
+    }
+
+    /// The version, in the driver's notation: 13000 is 13.0.
+    pub fn version(&self) -> i32 {
+        (1000 * self.version.0 + 10 * self.version.1) as i32
     }
 
     /// `13.0`.
@@ -326,6 +355,15 @@ pub(crate) mod tests {
         ];
         let e = nvrtc.compile(&files, &[], Target::Ptx(80)).unwrap_err();
         assert!(e.to_string().contains("common/u.cuh(2): error"), "{e}");
+    }
+
+    #[test]
+    fn a_device_newer_than_the_compiler_gets_ptx() {
+        let Some(nvrtc) = present() else { return };
+        assert_eq!(nvrtc.target(80), Target::Cubin(80));
+        assert!(matches!(nvrtc.target(990), Target::Ptx(a) if a >= 90));
+        // Older than all: the compiler's own message says so.
+        assert_eq!(nvrtc.target(30), Target::Cubin(30));
     }
 
     #[test]

@@ -1,14 +1,16 @@
-//! Page-locked host memory through which tensors go to the device: the copy engine reads it directly, and the host goes
-//! on while it does.
+//! The way of tensors to the device: through page-locked host memory, which the copy engine reads directly while the host
+//! goes on, and for a step's inputs by a stream of their own, beside the kernels that still run.
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ptr::null_mut;
 
 /// Buffers that take turns: while one is on its way, the next is filled.
 const BUFFERS: usize = 2;
 /// Smaller copies go by the driver's own staging, which needs no turn.
-pub const SMALLEST: usize = 64 << 10;
+pub const STAGED_FROM: usize = 64 << 10;
 
 /// One page-locked buffer, and the event behind the last copy out of it.
 #[derive(Debug)]
@@ -30,11 +32,26 @@ impl Default for Buffer {
     }
 }
 
-/// The buffers of one stream. They grow to the largest copy and stay.
+/// Device memory where an input arrives beside running kernels.
+#[derive(Debug)]
+struct Landing {
+    /// Behind the last copy to it.
+    arrived: sys::CUevent,
+    /// Behind the last copy from it.
+    left: sys::CUevent,
+}
+
+/// The buffers, and the stream of copies beside another one. Buffers grow to the largest copy and stay.
 #[derive(Debug, Default)]
 pub struct Pinned {
     buffers: [Buffer; BUFFERS],
     next: usize,
+    beside: Option<sys::CUstream>,
+    landings: HashMap<sys::CUdeviceptr, Landing>,
+}
+
+fn event() -> Result<sys::CUevent, DriverError> {
+    result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)
 }
 
 impl Buffer {
@@ -57,7 +74,7 @@ impl Buffer {
     /// As [`wait`](Self::wait), which has been called.
     unsafe fn grow(&mut self, bytes: usize) -> Result<(), DriverError> {
         if self.event.is_null() {
-            self.event = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)?;
+            self.event = event()?;
         }
         if self.bytes < bytes {
             // SAFETY: no copy is under way; a pointer from malloc_host is freed once.
@@ -103,11 +120,89 @@ impl Pinned {
         Ok(())
     }
 
+    /// Copies `bytes` to device address `by` beside what is on `stream`, and from there to `to` in order with it; returns
+    /// while both copies are under way.
+    ///
+    /// # Errors
+    /// The driver's.
+    ///
+    /// # Safety
+    /// As [`upload`](Self::upload), for both addresses; `by` is used by these calls alone, until [`forget`](Self::forget).
+    pub unsafe fn upload_beside(
+        &mut self,
+        by: sys::CUdeviceptr,
+        to: sys::CUdeviceptr,
+        bytes: &[u8],
+        stream: sys::CUstream,
+    ) -> Result<(), DriverError> {
+        let beside = match self.beside {
+            Some(beside) => beside,
+            None => *self.beside.insert(result::stream::create(
+                result::stream::StreamKind::NonBlocking,
+            )?),
+        };
+        if let Entry::Vacant(free) = self.landings.entry(by) {
+            let (arrived, left) = (event()?, event()?);
+            free.insert(Landing { arrived, left });
+        }
+        let no_flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        // SAFETY: by the caller; streams and events are this object's own. An event that was never recorded is waited
+        // for by nobody.
+        unsafe {
+            let left = self.landings[&by].left;
+            result::stream::wait_event(beside, left, no_flags)?;
+            self.upload(by, bytes, beside)?;
+            let landing = &self.landings[&by];
+            result::event::record(landing.arrived, beside)?;
+            result::stream::wait_event(stream, landing.arrived, no_flags)?;
+            result::memcpy_dtod_async(to, by, bytes.len(), stream)?;
+            result::event::record(landing.left, stream)
+        }
+    }
+
+    /// Address `by` of [`upload_beside`](Self::upload_beside) is given back.
+    ///
+    /// # Safety
+    /// The context is current and nothing copies to or from it.
+    pub unsafe fn forget(&mut self, by: sys::CUdeviceptr) {
+        if let Some(landing) = self.landings.remove(&by) {
+            // SAFETY: made by `upload_beside`, destroyed once.
+            unsafe {
+                let _ = result::event::destroy(landing.arrived);
+                let _ = result::event::destroy(landing.left);
+            }
+        }
+    }
+
+    /// Waits for copies beside the other stream.
+    ///
+    /// # Errors
+    /// A copy failed.
+    ///
+    /// # Safety
+    /// The context is current.
+    pub unsafe fn wait(&self) -> Result<(), DriverError> {
+        match self.beside {
+            // SAFETY: by the caller; the stream is this object's own.
+            Some(beside) => unsafe { result::stream::synchronize(beside) },
+            None => Ok(()),
+        }
+    }
+
     /// Gives the memory back.
     ///
     /// # Safety
     /// The context is current and no copy is under way.
     pub unsafe fn free(&mut self) {
+        let landings: Vec<sys::CUdeviceptr> = self.landings.keys().copied().collect();
+        for by in landings {
+            // SAFETY: by the caller.
+            unsafe { self.forget(by) };
+        }
+        if let Some(beside) = self.beside.take() {
+            // SAFETY: made by `upload_beside`, destroyed once.
+            let _ = unsafe { result::stream::destroy(beside) };
+        }
         for buffer in &mut self.buffers {
             let b = std::mem::take(buffer);
             // Errors on the way out have nobody to tell.

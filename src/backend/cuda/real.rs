@@ -1,10 +1,11 @@
-//! NVIDIA's driver, loaded at run time through cudarc: one device, its primary context, one stream.
+//! NVIDIA's driver, loaded at run time through cudarc: one device, its primary context, one stream for kernels
+//! and one for inputs on their way.
 
 use super::driver::{Driver, GraphId, KernelId, ModuleId, Placed, Step};
 use super::launch::Traits;
-use super::nvrtc::Target;
+use super::nvrtc::{Nvrtc, Target};
 use super::nvtx::Nvtx;
-use super::pinned::{Pinned, SMALLEST};
+use super::pinned::{Pinned, STAGED_FROM};
 use crate::{Error, Result};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
@@ -16,15 +17,21 @@ use std::time::Duration;
 const PARAM_BUFFER_POINTER: usize = 1;
 const PARAM_BUFFER_SIZE: usize = 2;
 
-/// A device of the machine.
+/// A device of the machine, as the driver describes it without a context on it.
 #[derive(Debug)]
-pub struct Real {
-    context: sys::CUcontext,
+pub struct Device {
     device: sys::CUdevice,
-    stream: sys::CUstream,
     name: String,
     version: i32,
     traits: Traits,
+}
+
+/// A device in use.
+#[derive(Debug)]
+pub struct Real {
+    device: Device,
+    context: sys::CUcontext,
+    stream: sys::CUstream,
     modules: Mutex<Vec<sys::CUmodule>>,
     kernels: Mutex<Vec<sys::CUfunction>>,
     graphs: Mutex<Vec<Option<sys::CUgraphExec>>>,
@@ -63,12 +70,13 @@ fn failed(what: &str) -> impl Fn(DriverError) -> Error + '_ {
 /// NaN as a word.
 const NAN: u32 = 0x7fff_ffff;
 
-impl Real {
-    /// Opens device number `ordinal`.
+impl Device {
+    /// Device number `ordinal`.
     ///
     /// # Errors
-    /// [`Error::Input`] where there is no driver or no such device: what is missing and how to get it.
-    pub fn open(ordinal: usize) -> Result<Real> {
+    /// [`Error::Input`] where there is no driver, no such device, or one that the kernels cannot run on: what is missing
+    /// and how to get it.
+    pub fn find(ordinal: usize) -> Result<Device> {
         if !present() {
             return Err(Error::input(
                 "there is no CUDA driver: looked for libcuda.so and libcuda.so.1 (Windows: nvcuda.dll) in the library \
@@ -103,25 +111,53 @@ impl Real {
             )));
         }
         let mut version = 0;
+        // SAFETY: a place for the answer.
+        unsafe { sys::cuDriverGetVersion(&mut version) }
+            .result()
+            .map_err(failed("asking the driver"))?;
+        Ok(Device {
+            device,
+            name,
+            version,
+            traits,
+        })
+    }
+}
+
+impl std::fmt::Display for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        write!(
+            f,
+            "{} (sm_{}, {} multiprocessors, driver for CUDA {}.{})",
+            self.name,
+            self.traits.arch,
+            self.traits.sms,
+            self.version / 1000,
+            self.version % 1000 / 10
+        )
+    }
+}
+
+impl Real {
+    /// Makes a context on device number `ordinal`.
+    ///
+    /// # Errors
+    /// As [`Device::find`], or the driver's.
+    pub fn open(ordinal: usize) -> Result<Real> {
+        let device = Device::find(ordinal)?;
         // SAFETY: the context is retained once and released in drop; the stream belongs to it.
         let (context, stream) = unsafe {
             let context =
-                result::primary_ctx::retain(device).map_err(failed("making a context"))?;
+                result::primary_ctx::retain(device.device).map_err(failed("making a context"))?;
             result::ctx::set_current(context).map_err(failed("making a context"))?;
-            sys::cuDriverGetVersion(&mut version)
-                .result()
-                .map_err(failed("asking the driver"))?;
             let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
                 .map_err(failed("making a stream"))?;
             (context, stream)
         };
         Ok(Real {
-            context,
             device,
+            context,
             stream,
-            name,
-            version,
-            traits,
             modules: Mutex::default(),
             kernels: Mutex::default(),
             graphs: Mutex::default(),
@@ -190,8 +226,9 @@ impl Drop for Real {
         // Errors on the way out have nobody to tell.
         // SAFETY: everything was made by this driver and nothing uses it any more.
         unsafe {
-            let _ = result::stream::synchronize(self.stream);
             let pinned = self.pinned.get_mut().unwrap_or_else(|e| e.into_inner());
+            let _ = pinned.wait();
+            let _ = result::stream::synchronize(self.stream);
             pinned.free();
             let graphs = self.graphs.get_mut().unwrap_or_else(|e| e.into_inner());
             for graph in graphs.drain(..).flatten() {
@@ -202,7 +239,7 @@ impl Drop for Real {
                 let _ = result::module::unload(module);
             }
             let _ = result::stream::destroy(self.stream);
-            let _ = result::primary_ctx::release(self.device);
+            let _ = result::primary_ctx::release(self.device.device);
         }
     }
 }
@@ -213,22 +250,18 @@ impl Driver for Real {
     }
 
     fn device(&self) -> String {
-        format!(
-            "{} (sm_{}, {} multiprocessors, driver for CUDA {}.{})",
-            self.name,
-            self.traits.arch,
-            self.traits.sms,
-            self.version / 1000,
-            self.version % 1000 / 10
-        )
+        self.device.to_string()
     }
 
     fn traits(&self) -> &Traits {
-        &self.traits
+        &self.device.traits
     }
 
     fn target(&self) -> Target {
-        Target::Cubin(self.traits.arch)
+        match Nvrtc::get() {
+            Ok(nvrtc) => nvrtc.target(self.device.traits.arch),
+            Err(_) => Target::Cubin(self.device.traits.arch),
+        }
     }
 
     fn memory(&self) -> Result<Option<(u64, u64)>> {
@@ -246,9 +279,12 @@ impl Driver for Real {
 
     fn free(&self, address: u64) {
         if self.current().is_ok() {
-            // SAFETY: from `alloc`; the wait makes sure that no kernel still uses it.
+            let mut pinned = self.pinned.lock().unwrap_or_else(|e| e.into_inner());
+            // SAFETY: from `alloc`; the waits make sure that no kernel and no copy still uses it.
             unsafe {
+                let _ = pinned.wait();
                 let _ = result::stream::synchronize(self.stream);
+                pinned.forget(address);
                 let _ = result::free_sync(address);
             }
         }
@@ -256,7 +292,7 @@ impl Driver for Real {
 
     fn upload(&self, address: u64, bytes: &[u8]) -> Result<()> {
         self.current()?;
-        let copied = if bytes.len() < SMALLEST {
+        let copied = if bytes.len() < STAGED_FROM {
             // From pageable memory the driver copies to a staging buffer of its own before it returns, so `bytes` need
             // not outlive the call.
             // SAFETY: a stretch of an allocation.
@@ -267,6 +303,18 @@ impl Driver for Real {
             unsafe { pinned.upload(address, bytes, self.stream) }
         };
         copied.map_err(failed("copying to the device"))
+    }
+
+    fn overlaps(&self) -> bool {
+        true
+    }
+
+    fn upload_beside(&self, by: u64, address: u64, bytes: &[u8]) -> Result<()> {
+        self.current()?;
+        let mut pinned = self.pinned.lock().unwrap_or_else(|e| e.into_inner());
+        // SAFETY: stretches of allocations; the context is current, and there is one stream beside that of the copies.
+        unsafe { pinned.upload_beside(by, address, bytes, self.stream) }
+            .map_err(failed("copying to the device"))
     }
 
     fn download(&self, address: u64, bytes: &mut [u8]) -> Result<()> {
@@ -284,9 +332,22 @@ impl Driver for Real {
 
     fn load(&self, image: &[u8], name: &str) -> Result<ModuleId> {
         self.current()?;
-        // SAFETY: a cubin carries its own length.
-        let module = unsafe { result::module::load_data(image.as_ptr().cast()) }
-            .map_err(failed(&format!("loading {name}")))?;
+        // PTX is a C string; a cubin carries its own length.
+        // SAFETY: an image of the compiler, which ends PTX with a zero.
+        let module = unsafe { result::module::load_data(image.as_ptr().cast()) }.map_err(|e| {
+            let e = failed(&format!("loading {name}"))(e);
+            match Nvrtc::get() {
+                Ok(nvrtc) if nvrtc.version() / 1000 > self.device.version / 1000 => {
+                    let (mine, its) = (nvrtc.version_text(), self.device.version / 1000);
+                    let advice = format!(
+                        "the kernel was made by NVRTC {mine}, which this driver for CUDA {its} is too old for: update the \
+                         driver, or `pip install nvidia-cuda-nvrtc-cu{its}` and name its folder in TILEWRIGHT_NVRTC"
+                    );
+                    Error::run(format!("{e}; {advice}"))
+                }
+                _ => e,
+            }
+        })?;
         let mut modules = self.modules.lock().unwrap_or_else(|e| e.into_inner());
         modules.push(module);
         Ok(ModuleId(modules.len() - 1))
@@ -302,10 +363,17 @@ impl Driver for Real {
         if smem > 48 << 10 {
             use sys::CUfunction_attribute as A;
             let a = A::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // It is the function's, not the launch's, so that it may only grow.
             // SAFETY: a function of a loaded module.
-            unsafe { result::function::set_function_attribute(function, a, smem as i32) }.map_err(
-                failed(&format!("{entry} with {smem} bytes of shared memory")),
-            )?;
+            unsafe {
+                result::function::get_function_attribute(function, a).and_then(|allowed| {
+                    let wanted = allowed.max(smem as i32);
+                    result::function::set_function_attribute(function, a, wanted)
+                })
+            }
+            .map_err(failed(&format!(
+                "{entry} with {smem} bytes of shared memory"
+            )))?;
         }
         let mut kernels = self.kernels.lock().unwrap_or_else(|e| e.into_inner());
         kernels.push(function);
