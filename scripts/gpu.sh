@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# For a machine with an NVIDIA GPU: checks every CUDA kernel on the driver, runs compute-sanitizer over a small pass where
-# it is installed, and times kernels beside cuBLAS and cuDNN (`bench` finds them, also as Python packages), and training and
-# inference beside PyTorch where that is installed.
+# For a machine with an NVIDIA GPU: checks every CUDA kernel on the driver and every WGSL kernel on Vulkan where that is
+# installed, runs compute-sanitizer over a small pass where it is installed, and times kernels beside cuBLAS and cuDNN
+# (`bench` finds them, also as Python packages), and training and inference beside PyTorch where that is installed.
 # Needs a release binary and NVRTC (`pip install nvidia-cuda-nvrtc`), no Rust and no network. Each run keeps its JSON.
 #
 #   scripts/gpu.sh check|sanitizer|bench|all [TILEWRIGHT]      writes gpu-results/
@@ -22,18 +22,39 @@ if not cuda["available"]:
 print("\n".join(cuda["devices"]))
 PY
 
-check() {
-  for precision in f32 tf32 bf16; do
-    echo "== check, $precision"
-    "$program" check --backend cuda --variants --precision $precision --json >"$out/check-$precision.json" || failed=1
-    python3 - "$out/check-$precision.json" <<'PY'
+# name, then the arguments of `check`: a line an op.
+checked() {
+  local name=$1
+  shift
+  echo "== check, $name"
+  "$program" check --variants --json "$@" >"$out/check-$name.json" || failed=1
+  python3 - "$out/check-$name.json" <<'PY'
 import json, sys
 rows = json.load(open(sys.argv[1]))["results"]
 for r in rows:
     if r["checked"] != "gradient":
-        print(f"{r['op']:20} {r['runs']:4} runs {r['failed']:3} failed, worst {r['worst']}")
+        worst = "not finite" if r["worst"] is None else f"{r['worst']:.3f}"
+        print(f"{r['op']:20} {r['runs']:4} runs {r['failed']:3} failed, worst {worst} of what is allowed")
 PY
+}
+
+check() {
+  for precision in f32 tf32 bf16; do
+    checked $precision --backend cuda --precision $precision
   done
+  local adapter
+  adapter=$(python3 - "$out/devices.json" <<'PY'
+import json, sys
+wgpu = next(b for b in json.load(open(sys.argv[1]))["backends"] if b["name"] == "wgpu")
+real = [a["name"] for a in wgpu.get("adapters", []) if a["kind"] != "software"]
+print(real[0] if real else "")
+PY
+  )
+  if [ -n "$adapter" ]; then
+    checked wgpu --backend "wgpu:$adapter"
+  else
+    echo "== check, wgpu: no Vulkan adapter of a GPU (is libvulkan1 installed?): left out"
+  fi
 }
 
 sanitizer() {
