@@ -3,10 +3,9 @@
 // per lane, against tiles of SUBS * KO octets of keys (queries). Scores of a tile pass through workgroup memory, each
 // lane reading only what it wrote, so there are no barriers; products with them are made CB * 4 channels at a time.
 //
-// The operands are brought head by head into the workspace first (by_head): 32 rows of a [tokens, 3, heads, dim] matrix,
-// 9,216 bytes apart, fall into four sets of a CPU's first cache and push each other out of it. An index that is counted
-// up, and not computed at the load, keeps its computation out of the compiler's loop over the lanes. And what needs no
-// speed is a loop that the compiler cannot unroll, over registers that move up: each load or store costs it 2 ms.
+// An index that is counted up, and not computed at the load, keeps its computation out of the compiler's loop over the
+// lanes. And what needs no speed is a loop that the compiler cannot unroll, over registers that move up or are selected:
+// each load or store costs it 2 ms.
 
 //#include "math.wgsl"
 //#include "lanes.wgsl"
@@ -19,7 +18,7 @@
 //#const CB 8
 //#const VL 4
 
-struct Params { tokens: u32, heads: u32, images: u32, groups_x: u32, scale: f32, parts: u32, octets: u32, quads: u32 }
+struct Params { tokens: u32, heads: u32, images: u32, groups_x: u32, scale: f32, octets: u32, quads: u32 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read_write> qkv: array<vec4<f32>>;
 @group(0) @binding(2) var<storage, read_write> out: array<vec4<f32>>;
@@ -31,18 +30,6 @@ struct Params { tokens: u32, heads: u32, images: u32, groups_x: u32, scale: f32,
 var<workgroup> weights: array<vec4<f32>, SUBS * KQ * QG * 8>;
 var<workgroup> slopes: array<vec4<f32>, SUBS * KQ * QG * 8>;
 var<workgroup> shrinks: array<f32, SUBS * QG * 8>;
-
-// out [images, heads, parts, tokens, dim] of qkv [images, tokens, parts, heads, dim].
-@compute @workgroup_size(64)
-fn by_head(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: vec3<u32>) {
-    let i = wg.x * 64u + l;
-    if i >= p.tokens * D4 { return; }
-    let image = wg.y / p.heads;
-    let head = wg.y % p.heads;
-    let token = i / D4;
-    out[(wg.y * p.parts + wg.z) * p.tokens * D4 + i] =
-        qkv[(((image * p.tokens + token) * p.parts + wg.z) * p.heads + head) * D4 + i % D4];
-}
 
 // sum[g, j] += a[x_g, :] . b[rows of quad j, :], where lane l has row x_g of a and row y_u of b.
 //#macro dots sum a x b y
@@ -79,12 +66,13 @@ fn by_head(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: v
 
 // Where the rows of a tile stand for `products`: rows of b from b0 on, columns from `block` on, factors from lane l on.
 // Beyond the last token, where factors are zero, its row is taken again.
-//#macro rows b0
+//#macro rows stride b0
             var at = l;
+            let step = 4u * ${stride};
 //#for u VL
             let column${u} = ${b0} + block + (${u}u * 8u + l) % CB;
-            let end${u} = column${u} + last * D4;
-            var row${u} = column${u} + min(tile + (${u}u * 8u + l) / CB, last) * D4;
+            let end${u} = column${u} + last * ${stride};
+            var row${u} = column${u} + min(tile + (${u}u * 8u + l) / CB, last) * ${stride};
 //#end
 //#endmacro
 
@@ -98,7 +86,7 @@ fn by_head(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: v
                     var v: array<vec4<f32>, VL>;
 //#for u VL
                     v[${u}] = ${b}[row${u}];
-                    row${u} = min(row${u} + 4u * D4, end${u});
+                    row${u} = min(row${u} + step, end${u});
 //#end
 //#for c CB
                     {
@@ -123,6 +111,14 @@ fn by_head(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: v
 //#end
 //#endmacro
 
+// Register j of row g of registers [QG, KQ], as a variable. g is no constant: all rows are looked at.
+//#macro of_row name registers j
+                    var ${name} = ${registers}[${j}];
+//#for h QG
+                    ${name} = select(${name}, ${registers}[${h}u * KQ + ${j}], g == ${h}u);
+//#end
+//#endmacro
+
 // The first n registers move up by one.
 //#macro next registers n
 //#for j ${n}
@@ -133,12 +129,15 @@ fn by_head(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: v
 // out = softmax(scale Q K^T) V, online over tiles; lse = the logarithm of the softmax' denominator.
 @compute @workgroup_size(8)
 fn forward(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: vec3<u32>) {
-    let part = p.tokens * D4;
-    let first = wg.y * 3u * part;
+    // One part of qkv, and from a token to the next.
+    let part = p.heads * D4;
+    let qkv_row = 3u * part;
+    let head = (wg.y % p.heads) * D4;
+    let first = (wg.y / p.heads) * p.tokens * qkv_row + head;
     let last = p.tokens - 1u;
     let own = wg.x * (QG * 8u) + l;
 //#for g QG
-    let q${g} = first + min(own + ${g}u * 8u, last) * D4;
+    let q${g} = first + min(own + ${g}u * 8u, last) * qkv_row;
 //#end
     var top: array<f32, QG>;
     var sum = array<f32, QG>();
@@ -156,16 +155,17 @@ fn forward(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: v
             let key0 = tile + sub * (KO * 8u);
             var s = array<vec4<f32>, QG * KQ>();
 //#for u KO
-            let k${u} = first + part + min(key0 + ${u}u * 8u + l, last) * D4;
+            let k${u} = first + part + min(key0 + ${u}u * 8u + l, last) * qkv_row;
 //#end
 //#call dots s qkv q qkv k
             // Online softmax, all within the lane, an octet after the other.
             for (var g = 0u; g < p.octets; g++) {
                 var high = vec4(top[0]);
 //#for j KQ
-                s[${j}] = select(vec4(-1e30), s[${j}] * p.scale,
+//#call of_row s${j} s ${j}
+                s${j} = select(vec4(-1e30), s${j} * p.scale,
                     vec4(key0 + ${j}u * 4u) + vec4(0u, 1u, 2u, 3u) < vec4(p.tokens));
-                high = max(high, s[${j}]);
+                high = max(high, s${j});
 //#end
                 let now = max(max(high.x, high.y), max(high.z, high.w));
                 let shrink = exp_neg(vec4(min(top[0] - now, 0.0))).x;
@@ -173,14 +173,13 @@ fn forward(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: v
                 var total = vec4(0.0);
 //#for j KQ
                 {
-                    let e = exp_neg(s[${j}] - vec4(now));
+                    let e = exp_neg(s${j} - vec4(now));
                     total += e;
                     weights[((sub * KQ + ${j}u) * QG + g) * 8u + l] = e;
                 }
 //#end
                 let now_sum = sum[0] * shrink + (total.x + total.y) + (total.z + total.w);
                 let now_shrunk = shrunk[0] * shrink;
-//#call next_row s KQ
                 // Round to where they began.
 //#call next top QG
 //#call next sum QG
@@ -193,7 +192,7 @@ fn forward(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: v
         let done = tile + SUBS * KO * 8u >= p.tokens;
         for (var block = 0u; block < D4; block += CB) {
             var acc = array<vec4<f32>, QG * CB>();
-//#call rows first + 2u * part
+//#call rows qkv_row first + 2u * part
             for (var sub = 0u; sub < subs; sub++) {
 //#for g QG
                 {
@@ -257,13 +256,17 @@ fn forward(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: v
 // dQ: a lane's queries against tiles of keys.
 @compute @workgroup_size(8)
 fn backward_q(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: vec3<u32>) {
-    let part = p.tokens * D4;
-    let first = wg.y * 3u * part;
+    // One part of qkv, and from a token to the next.
+    let part = p.heads * D4;
+    let qkv_row = 3u * part;
+    let head = (wg.y % p.heads) * D4;
+    let first = (wg.y / p.heads) * p.tokens * qkv_row + head;
+    let first_out = (wg.y / p.heads) * p.tokens * part + head;
     let last = p.tokens - 1u;
     let own = wg.x * (QG * 8u) + l;
 //#for g QG
-    let q${g} = first + min(own + ${g}u * 8u, last) * D4;
-    let o${g} = wg.y * part + min(own + ${g}u * 8u, last) * D4;
+    let q${g} = first + min(own + ${g}u * 8u, last) * qkv_row;
+    let o${g} = first_out + min(own + ${g}u * 8u, last) * part;
 //#end
     for (var tile = 0u; tile < p.tokens; tile += SUBS * KO * 8u) {
         let subs = min(u32(SUBS), (p.tokens - tile + KO * 8u - 1u) / (KO * 8u));
@@ -272,7 +275,7 @@ fn backward_q(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg
             var s = array<vec4<f32>, QG * KQ>();
             var e = array<vec4<f32>, QG * KQ>();
 //#for u KO
-            let k${u} = first + part + min(key0 + ${u}u * 8u + l, last) * D4;
+            let k${u} = first + part + min(key0 + ${u}u * 8u + l, last) * qkv_row;
             let v${u} = k${u} + part;
 //#end
 //#call dots s qkv q qkv k
@@ -284,18 +287,18 @@ fn backward_q(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg
 //#for j KQ
                 {
                     let real = vec4(key0 + ${j}u * 4u) + vec4(0u, 1u, 2u, 3u) < vec4(p.tokens);
-                    let w = exp_neg(min(s[${j}] * p.scale - its_lse, vec4(0.0)));
+//#call of_row s_row s ${j}
+//#call of_row e_row e ${j}
+                    let w = exp_neg(min(s_row * p.scale - its_lse, vec4(0.0)));
                     slopes[((sub * KQ + ${j}u) * QG + g) * 8u + l] =
-                        select(vec4(0.0), w * (e[${j}] - its_delta) * p.scale, real);
+                        select(vec4(0.0), w * (e_row - its_delta) * p.scale, real);
                 }
 //#end
-//#call next_row s KQ
-//#call next_row e KQ
             }
         }
         for (var block = 0u; block < D4; block += CB) {
             var acc = array<vec4<f32>, QG * CB>();
-//#call rows first + part
+//#call rows qkv_row first + part
             for (var sub = 0u; sub < subs; sub++) {
 //#call products acc slopes qkv
             }
@@ -307,13 +310,15 @@ fn backward_q(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg
 // dK and dV: a lane's keys against tiles of queries.
 @compute @workgroup_size(8)
 fn backward_kv(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: vec3<u32>) {
-    let part = p.tokens * D4;
-    let first = wg.y * 3u * part;
-    let first_out = wg.y * part;
+    let part = p.heads * D4;
+    let qkv_row = 3u * part;
+    let head = (wg.y % p.heads) * D4;
+    let first = (wg.y / p.heads) * p.tokens * qkv_row + head;
+    let first_out = (wg.y / p.heads) * p.tokens * part + head;
     let last = p.tokens - 1u;
     let own = wg.x * (QG * 8u) + l;
 //#for g QG
-    let k${g} = first + part + min(own + ${g}u * 8u, last) * D4;
+    let k${g} = first + part + min(own + ${g}u * 8u, last) * qkv_row;
     let v${g} = k${g} + part;
 //#end
     for (var tile = 0u; tile < p.tokens; tile += SUBS * KO * 8u) {
@@ -324,8 +329,8 @@ fn backward_kv(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) w
             var e = array<vec4<f32>, QG * KQ>();
 //#for u KO
             let i${u} = min(query0 + ${u}u * 8u + l, last);
-            let q${u} = first + i${u} * D4;
-            let o${u} = first_out + i${u} * D4;
+            let q${u} = first + i${u} * qkv_row;
+            let o${u} = first_out + i${u} * part;
             let lse${u} = lse[wg.y * p.tokens + i${u}];
             let delta${u} = delta[wg.y * p.tokens + i${u}];
 //#end
@@ -341,19 +346,19 @@ fn backward_kv(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) w
                     let its_delta = vec4(subgroupBroadcast(delta${u}, ${i}u * 4u), subgroupBroadcast(delta${u}, ${i}u * 4u + 1u),
                         subgroupBroadcast(delta${u}, ${i}u * 4u + 2u), subgroupBroadcast(delta${u}, ${i}u * 4u + 3u));
                     let at = ((sub * KQ + ${u}u * 2u + ${i}u) * QG + g) * 8u + l;
-                    let w = select(vec4(0.0), exp_neg(min(s[${u}u * 2u + ${i}u] * p.scale - its_lse, vec4(0.0))), real);
+//#call of_row s_row s ${u}u * 2u + ${i}u
+//#call of_row e_row e ${u}u * 2u + ${i}u
+                    let w = select(vec4(0.0), exp_neg(min(s_row * p.scale - its_lse, vec4(0.0))), real);
                     weights[at] = w;
-                    slopes[at] = w * (e[${u}u * 2u + ${i}u] - its_delta) * p.scale;
+                    slopes[at] = w * (e_row - its_delta) * p.scale;
                 }
 //#end
 //#end
-//#call next_row s KQ
-//#call next_row e KQ
             }
         }
         for (var block = 0u; block < D4; block += CB) {
             var acc = array<vec4<f32>, QG * CB>();
-//#call rows first
+//#call rows qkv_row first
             for (var sub = 0u; sub < subs; sub++) {
 //#call products acc slopes qkv
             }
@@ -361,7 +366,7 @@ fn backward_kv(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) w
         }
         for (var block = 0u; block < D4; block += CB) {
             var acc = array<vec4<f32>, QG * CB>();
-//#call rows first_out
+//#call rows part first_out
             for (var sub = 0u; sub < subs; sub++) {
 //#call products acc weights dout
             }

@@ -44,18 +44,19 @@ fn lanes(cx: &WgpuCx, dim: usize) -> Result<bool> {
     }
 }
 
-/// Octets of rows per tile, at most four: few rows beyond the tokens, but many rows for every load.
+/// Octets of rows per tile, at most five: few rows beyond the tokens, but many rows for every load. (With more, what the
+/// registers cannot hold costs more than loads: 197 tokens take 32.5 ms with five, 34.9 with seven against five.)
 fn octets(tokens: usize) -> usize {
     let cost = |n: usize| tokens.div_ceil(8 * n) * (8 * n * 2 + 24);
-    (1..=4).min_by_key(|&n| (cost(n), n)).unwrap_or(1)
+    (1..=5).min_by_key(|&n| (cost(n), n)).unwrap_or(1)
 }
 
-/// A kernel, and its parameters beyond what all of them have: parts, octets and quads of the lane kernels.
+/// A kernel, and its parameters beyond what all of them have: octets and quads of the lane kernels.
 struct Kernel {
     shader: &'static str,
     entry: &'static str,
     consts: Consts,
-    more: [usize; 3],
+    more: [usize; 2],
 }
 
 impl Kernel {
@@ -64,7 +65,7 @@ impl Kernel {
             shader: "attention.wgsl",
             entry,
             consts: tile_consts(dim),
-            more: [0; 3],
+            more: [0; 2],
         }
     }
 }
@@ -76,22 +77,7 @@ struct Heads {
 }
 
 impl Heads {
-    /// Head by head, as the lane kernels want them: `parts` tensors of `x` `[images, tokens, parts, heads, dim]`.
-    fn by_head(&self, cx: &mut WgpuCx, x: Arg, y: Arg, images: usize, parts: usize) -> Result<()> {
-        let e = self.extents;
-        let quads = e.dim / 4;
-        let items = (e.tokens * quads).div_ceil(64);
-        let groups = [items, images * e.heads, parts].map(|v| v as u32);
-        let kernel = Kernel {
-            shader: "attention_lanes.wgsl",
-            entry: "by_head",
-            consts: vec![set("D4", quads)],
-            more: [parts, 0, 0],
-        };
-        self.launch(cx, kernel, images, vec![x, y], groups)
-    }
-
-    /// One of the kernels over all queries (or keys): 64 to a workgroup, or for lanes up to four octets. `tiles` is the
+    /// One of the kernels over all queries (or keys): 64 to a workgroup, or for lanes up to five octets. `tiles` is the
     /// number of score tiles that the lane kernel keeps in workgroup memory.
     fn rows(
         &self,
@@ -127,7 +113,7 @@ impl Heads {
                 shader: "attention_lanes.wgsl",
                 entry,
                 consts,
-                more: [3, octets, block],
+                more: [octets, block],
             };
         }
         let groups = [
@@ -172,16 +158,10 @@ pub(super) fn forward(op: &Attention, cx: &mut WgpuCx) -> Result<()> {
     let rows = e.heads * e.tokens;
     let pairs = if op.probs { rows * e.tokens } else { rows };
     let cuts = cx.cuts(e.images, &[3 * width, width, rows, pairs])?;
-    let apart = heads
-        .lanes
-        .then(|| Arg::Work(cx.workspace(cuts[0].rows * 3 * width)));
     for cut in cuts {
         let qkv = cut.of(Arg::In(0), 3 * width);
         let (out, lse) = (cut.of(Arg::Out(0), width), cut.of(Arg::Out(1), rows));
-        if let Some(apart) = apart {
-            heads.by_head(cx, qkv, apart, cut.rows, 3)?;
-        }
-        let args = vec![apart.unwrap_or(qkv), out, lse];
+        let args = vec![qkv, out, lse];
         heads.rows(cx, "forward", cut.rows, args, 1)?;
         if op.probs {
             let probs = cut.of(Arg::Out(2), pairs);
@@ -206,25 +186,16 @@ pub(super) fn backward(op: &AttentionBwd, cx: &mut WgpuCx) -> Result<()> {
     let cuts = cx.cuts(e.images, &[3 * width, width, rows])?;
     let most = cuts[0].rows;
     let delta = Arg::Work(cx.workspace(most * rows));
-    let apart = heads.lanes.then(|| {
-        let mut room = |n: usize| Arg::Work(cx.workspace(most * n));
-        (room(3 * width), room(width))
-    });
     for cut in cuts {
         let dout = cut.of(Arg::In(0), width);
         let qkv = cut.of(Arg::In(1), 3 * width);
         let out = cut.of(Arg::In(2), width);
         let lse = cut.of(Arg::In(3), rows);
         let dqkv = cut.of(Arg::Out(0), 3 * width);
-        let mut args = vec![qkv, out, lse, dout, delta, dqkv];
+        let args = vec![qkv, out, lse, dout, delta, dqkv];
         let lines = fold(cut.rows * rows, 64);
         let kernel = Kernel::tile("deltas", e.dim);
         heads.launch(cx, kernel, cut.rows, args.clone(), lines)?;
-        if let Some((qkv_apart, dout_apart)) = apart {
-            heads.by_head(cx, qkv, qkv_apart, cut.rows, 3)?;
-            heads.by_head(cx, dout, dout_apart, cut.rows, 1)?;
-            (args[0], args[3]) = (qkv_apart, dout_apart);
-        }
         heads.rows(cx, "backward_q", cut.rows, args.clone(), 1)?;
         heads.rows(cx, "backward_kv", cut.rows, args, 2)?;
     }
