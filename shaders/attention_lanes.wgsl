@@ -29,7 +29,8 @@ struct Params { tokens: u32, heads: u32, images: u32, groups_x: u32, scale: f32,
 
 var<workgroup> weights: array<vec4<f32>, SUBS * KQ * QG * 8>;
 var<workgroup> slopes: array<vec4<f32>, SUBS * KQ * QG * 8>;
-var<workgroup> shrinks: array<f32, SUBS * QG * 8>;
+// What each sub-tile but the first shrinks those before it by.
+var<workgroup> shrinks: array<f32, max(SUBS - 1, 1) * QG * 8>;
 
 // sum[g, j] += a[x_g, :] . b[rows of quad j, :], where lane l has row x_g of a and row y_u of b.
 //#macro dots sum a x b y
@@ -169,7 +170,7 @@ fn forward(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: v
 //#end
                 let now = max(max(high.x, high.y), max(high.z, high.w));
                 let shrink = exp_neg(vec4(min(top[0] - now, 0.0))).x;
-                shrinks[(sub * QG + g) * 8u + l] = shrink;
+                if sub > 0u { shrinks[((sub - 1u) * QG + g) * 8u + l] = shrink; }
                 var total = vec4(0.0);
 //#for j KQ
                 {
@@ -194,14 +195,14 @@ fn forward(@builtin(local_invocation_index) l: u32, @builtin(workgroup_id) wg: v
             var acc = array<vec4<f32>, QG * CB>();
 //#call rows qkv_row first + 2u * part
             for (var sub = 0u; sub < subs; sub++) {
+                if sub > 0u {
 //#for g QG
-                {
-                    let shrink = shrinks[(sub * QG + ${g}u) * 8u + l];
+                    let shrink${g} = shrinks[((sub - 1u) * QG + ${g}u) * 8u + l];
 //#for c CB
-                    acc[${g}u * CB + ${c}u] *= shrink;
+                    acc[${g}u * CB + ${c}u] *= shrink${g};
+//#end
 //#end
                 }
-//#end
 //#call products acc weights qkv
             }
             var before = shrunk;

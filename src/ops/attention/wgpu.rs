@@ -93,10 +93,11 @@ impl Heads {
         if self.lanes {
             let octets = octets(tokens);
             per_group = 8 * octets;
-            let bytes = octets * (octets * 256 * tiles + 32);
+            let shrinks = octets * 32;
+            let bytes = octets * octets * 256 * tiles + shrinks;
             let subs = tokens
                 .div_ceil(8 * octets)
-                .min(cx.traits.workgroup_memory as usize / bytes);
+                .min((cx.traits.workgroup_memory as usize + shrinks) / bytes);
             // The largest even number of quads up to 8 that divides the head.
             let block = (1..=4).rev().find(|b| (dim / 8).is_multiple_of(*b));
             let block = 2 * block.unwrap_or(1);
