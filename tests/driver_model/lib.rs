@@ -11,7 +11,7 @@
 
 // The names are the driver's. The signatures are those of cuda.h; pointers are the caller's, used as the driver API
 // documents it, and nothing else in a process defines these names where this library is looked up.
-#![allow(non_snake_case, unsafe_op_in_unsafe_fn, clippy::missing_safety_doc)]
+#![allow(non_snake_case, unsafe_op_in_unsafe_fn)]
 
 mod device;
 mod kernels;
@@ -27,23 +27,24 @@ use std::sync::{Mutex, MutexGuard};
 /// The primary context.
 const CONTEXT: usize = 0xc0;
 
-#[derive(Default)]
 struct State {
     started: bool,
     retained: usize,
     machine: Option<Machine>,
 }
 
-static STATE: Mutex<Option<State>> = Mutex::new(None);
+static STATE: Mutex<State> = Mutex::new(State {
+    started: false,
+    retained: 0,
+    machine: None,
+});
 
 thread_local! {
     static CURRENT: Cell<usize> = const { Cell::new(0) };
 }
 
-fn state() -> MutexGuard<'static, Option<State>> {
-    let mut state = STATE.lock().unwrap_or_else(|e| e.into_inner());
-    state.get_or_insert_default();
-    state
+fn state() -> MutexGuard<'static, State> {
+    STATE.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 /// `code`, with what was wrong told.
@@ -59,9 +60,8 @@ fn code(done: Done) -> R {
 /// A call that needs the driver started.
 fn started(call: &str, f: impl FnOnce(&mut State) -> Done) -> R {
     let mut state = state();
-    let state = state.as_mut().expect("just made");
     code(match state.started {
-        true => f(state),
+        true => f(&mut state),
         false => refused(
             R::CUDA_ERROR_NOT_INITIALIZED,
             format!("{call} before cuInit"),
