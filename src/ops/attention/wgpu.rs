@@ -45,9 +45,10 @@ fn lanes(cx: &WgpuCx, dim: usize) -> Result<bool> {
 }
 
 /// Octets of rows per tile, at most five: few rows beyond the tokens, but many rows for every load. (With more, what the
-/// registers cannot hold costs more than loads: 197 tokens take 32.5 ms with five, 34.9 with seven against five.)
+/// registers cannot hold costs more than loads: 197 tokens take 32.5 ms with five, 34.9 with seven against five.) An octet
+/// more must save some 3 % for the time that it takes to compile.
 fn octets(tokens: usize) -> usize {
-    let cost = |n: usize| tokens.div_ceil(8 * n) * (8 * n * 2 + 24);
+    let cost = |n: usize| tokens.div_ceil(8 * n) * (8 * n * 2 + 24) * (100 + 3 * n);
     (1..=5).min_by_key(|&n| (cost(n), n)).unwrap_or(1)
 }
 
