@@ -1,6 +1,6 @@
 //! Modules, kernels and launches.
 
-use super::machine::{Function, Work, known};
+use super::machine::{Function, Work, known, take};
 use super::{R, give, inside, inside_no_capture, refused};
 use cudarc::driver::sys;
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
@@ -41,8 +41,7 @@ unsafe extern "C" fn cuModuleLoadData(module: *mut sys::CUmodule, image: *const 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cuModuleUnload(module: sys::CUmodule) -> R {
     inside_no_capture("cuModuleUnload", |m| {
-        known(&mut m.modules, module as usize, "module")?;
-        m.modules.remove(&(module as usize));
+        take(&mut m.modules, module as usize, "module")?;
         m.functions.retain(|_, f| f.module != module as usize);
         Ok(())
     })

@@ -86,6 +86,12 @@ pub fn known<'a, T>(
     }
 }
 
+/// Takes out what a handle stands for: it is destroyed once.
+pub fn take<T>(map: &mut HashMap<usize, T>, handle: usize, what: &str) -> Result<T, R> {
+    known(map, handle, what)?;
+    Ok(map.remove(&handle).expect("known"))
+}
+
 impl Machine {
     pub fn new() -> Machine {
         let number = |name| {

@@ -1,6 +1,6 @@
 //! Streams, captured graphs and events.
 
-use super::machine::{Capture, Event, Stream, Work, known};
+use super::machine::{Capture, Event, Stream, Work, known, take};
 use super::{R, give, inside, inside_no_capture, refused};
 use cudarc::driver::sys;
 use std::ffi::{c_uint, c_ulonglong};
@@ -90,9 +90,7 @@ unsafe extern "C" fn cuGraphInstantiateWithFlags(
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cuGraphDestroy(graph: sys::CUgraph) -> R {
     inside("cuGraphDestroy", |m| {
-        known(&mut m.graphs, graph as usize, "graph")?;
-        m.graphs.remove(&(graph as usize));
-        Ok(())
+        take(&mut m.graphs, graph as usize, "graph").map(|_| ())
     })
 }
 
@@ -109,9 +107,7 @@ unsafe extern "C" fn cuGraphLaunch(exec: sys::CUgraphExec, stream: sys::CUstream
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cuGraphExecDestroy(exec: sys::CUgraphExec) -> R {
     inside("cuGraphExecDestroy", |m| {
-        known(&mut m.execs, exec as usize, "executable graph")?;
-        m.execs.remove(&(exec as usize));
-        Ok(())
+        take(&mut m.execs, exec as usize, "executable graph").map(|_| ())
     })
 }
 
@@ -136,9 +132,7 @@ unsafe extern "C" fn cuEventCreate(event: *mut sys::CUevent, flags: c_uint) -> R
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cuEventDestroy_v2(event: sys::CUevent) -> R {
     inside("cuEventDestroy", |m| {
-        known(&mut m.events, event as usize, "event")?;
-        m.events.remove(&(event as usize));
-        Ok(())
+        take(&mut m.events, event as usize, "event").map(|_| ())
     })
 }
 
