@@ -321,7 +321,7 @@ impl Driver for Real {
         self.current()?;
         // SAFETY: a stretch of an allocation; waited for below, before `bytes` goes back to the caller.
         unsafe { result::memcpy_dtoh_async(bytes, address, self.stream) }
-            .map_err(failed("copying from the device"))?;
+            .map_err(failed("running kernels or copying from the device"))?;
         self.synchronize()
     }
 
