@@ -16,16 +16,12 @@ import torch
 
 import pytorch
 
-ARGS = {
-    "cnn_r14 train 128x32": ["cnn_r14", "--batch", "128", "--train"],
-    "vit_p4_e128_d6 train 128x32": ["vit_p4_e128_d6", "--batch", "128", "--train", "--dropout", "0"],
-    "resnet18 train 64x32": ["resnet18", "--batch", "64", "--image", "32", "--classes", "100", "--train"],
-    "cnn_whiten train 128x32": ["cnn_whiten", "--batch", "128", "--train"],
-    "resnet18 train 16x224": ["resnet18", "--batch", "16", "--train"],
-    "resnet18 infer 1x224": ["resnet18", "--batch", "1", "--infer"],
-    "resnet50 infer 16x224": ["resnet50", "--batch", "16", "--infer"],
-    "vit_b_16 infer 1x224": ["vit_b_16", "--batch", "1", "--infer"],
-}
+
+def arguments(case):
+    """What `tilewright bench` is told for a case of `pytorch.CASES`."""
+    _, batch, side, classes, train, model = case
+    how = "--train" if train else "--infer"
+    return [*model, "--batch", str(batch), "--image", str(side), "--classes", str(classes), how]
 
 
 def ours(program, args, threads):
@@ -49,7 +45,7 @@ def onnx_step(case, threads):
 
     import onnxruntime
 
-    make, batch, side, _, _ = case
+    make, batch, side, *_ = case
     x = torch.randn(batch, 3, side, side)
     model = make().eval()
     file = io.BytesIO()
@@ -72,10 +68,9 @@ def main():
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     out = {}
-    for name, args in ARGS.items():
+    for name, case in pytorch.CASES.items():
         if a.only not in name:
             continue
-        case = pytorch.CASES[name]
         modes = {"eager": (False, False), "channels_last": (True, False)}
         if a.compile:
             modes |= {"compile": (False, True), "compile channels_last": (True, True)}
@@ -93,7 +88,7 @@ def main():
                 print(f"{name}, {mode}: {type(e).__name__} {e}".splitlines()[0][:160])
         rounds = []
         for _ in range(a.rounds):
-            row = {"tilewright": 1e3 * ours(a.program, args, a.threads)["step"]["median"]}
+            row = {"tilewright": 1e3 * ours(a.program, arguments(case), a.threads)["step"]["median"]}
             for mode, step in steps.items():
                 row[mode] = theirs(step)
             rounds.append(row)

@@ -99,25 +99,39 @@ class CnnWhiten(nn.Module):
         return self.fc2(F.relu(self.fc1(self.blocks(self.bn0(x)).flatten(1))))
 
 
-def resnet(name, classes):
+def zoo(name, classes=1000):
     return lambda: getattr(torchvision.models, name)(num_classes=classes)
 
 
-# name: (model, batch, side, classes, training step)
+# As `vit_p4_e128_d6`, twice as wide and two blocks deeper.
+WIDE = "vit:patch=4,dim=256,depth=8,heads=4,mlp=4"
+
+# name: (model, batch, side, classes, training step, what `tilewright bench` calls the model)
 CASES = {
-    "cnn_r14 train 128x32": (CnnR14, 128, 32, 10, True),
-    "vit_p4_e128_d6 train 128x32": (SmallVit, 128, 32, 10, True),
-    "resnet18 train 64x32": (resnet("resnet18", 100), 64, 32, 100, True),
-    "cnn_whiten train 128x32": (CnnWhiten, 128, 32, 10, True),
-    "resnet18 train 16x224": (resnet("resnet18", 1000), 16, 224, 1000, True),
-    "resnet18 infer 1x224": (resnet("resnet18", 1000), 1, 224, 1000, False),
-    "resnet50 infer 16x224": (resnet("resnet50", 1000), 16, 224, 1000, False),
-    "vit_b_16 infer 1x224": (resnet("vit_b_16", 1000), 1, 224, 1000, False),
+    f"{name} {'train' if train else 'infer'} {batch}x{side}": (make, batch, side, classes, train, args)
+    for name, make, batch, side, classes, train, args in [
+        ("cnn_r14", CnnR14, 128, 32, 10, True, ["cnn_r14"]),
+        ("vit_p4_e128_d6", SmallVit, 128, 32, 10, True, ["vit_p4_e128_d6", "--dropout", "0"]),
+        ("resnet18", zoo("resnet18", 100), 64, 32, 100, True, ["resnet18"]),
+        ("cnn_whiten", CnnWhiten, 128, 32, 10, True, ["cnn_whiten"]),
+        ("resnet18", zoo("resnet18"), 16, 224, 1000, True, ["resnet18"]),
+        ("resnet18", zoo("resnet18"), 1, 224, 1000, False, ["resnet18"]),
+        ("resnet50", zoo("resnet50"), 16, 224, 1000, False, ["resnet50"]),
+        ("vit_b_16", zoo("vit_b_16"), 1, 224, 1000, False, ["vit_b_16"]),
+        ("resnet50", zoo("resnet50"), 1, 224, 1000, False, ["resnet50"]),
+        ("resnet50", zoo("resnet50"), 8, 224, 1000, True, ["resnet50"]),
+        ("vit_b_16", zoo("vit_b_16"), 4, 224, 1000, True, ["vit_b_16"]),
+        ("vit_b_16", zoo("vit_b_16"), 8, 224, 1000, False, ["vit_b_16"]),
+        ("swin_t", zoo("swin_t"), 1, 224, 1000, False, ["swin_t"]),
+        ("swin_t", zoo("swin_t"), 8, 224, 1000, False, ["swin_t"]),
+        ("swin_t", zoo("swin_t"), 4, 224, 1000, True, ["swin_t"]),
+        ("vit_p4_e256_d8", lambda: SmallVit(4, 256, 8, 100), 64, 32, 100, True, [WIDE, "--dropout", "0"]),
+    ]
 }
 
 
 def step_of(case, channels_last, compiled):
-    make, batch, side, classes, train = case
+    make, batch, side, classes, train, _ = case
     torch.manual_seed(0)
     model, x = make(), torch.randn(batch, 3, side, side)
     if channels_last:

@@ -179,7 +179,7 @@ impl Op for Linear {
             };
             let x = Mat::new(a.x(0), k);
             if constant {
-                let w = packed.get_or_init(|| PackedB::new(k, n, Mat::transposed(a.x(1), k)));
+                let w = packed.get_or_init(|| PackedB::new(k, n, a.x(1), |done| a.spent(1, done)));
                 gemm_packed(m, x, w, a.y(0), n, false, ep);
             } else {
                 gemm(m, n, k, x, Mat::transposed(a.x(1), k), a.y(0), n, false, ep);

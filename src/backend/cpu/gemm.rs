@@ -69,18 +69,30 @@ pub struct PackedB {
 }
 
 impl PackedB {
-    /// Packs `b` as `[k, n]`. The weights `W[n, k]` of a linear layer are `Mat::transposed(w, k)`.
-    pub fn new(k: usize, n: usize, b: Mat) -> Self {
-        Self::with(kernels(), k, n, b)
+    /// Packs the weights `w[n, k]` of a linear layer. `spent` hears which of them were read for the last time.
+    pub fn new(k: usize, n: usize, w: &[f32], spent: impl Fn(Range<usize>)) -> Self {
+        Self::with(kernels(), k, n, Mat::transposed(w, k), |columns| {
+            spent(columns.start * k..columns.end * k)
+        })
     }
 
-    fn with(kernels: &'static Kernels, k: usize, n: usize, b: Mat) -> Self {
+    /// Packs `b` as `[k, n]`, panel after panel: `spent` hears of each panel's columns when they are packed.
+    fn with(
+        kernels: &'static Kernels,
+        k: usize,
+        n: usize,
+        b: Mat,
+        spent: impl Fn(Range<usize>),
+    ) -> Self {
         b.check(k, n, "B");
         let mut data = vec![0.0; packed_len(kernels, k, n)];
-        for ks in k_blocks(k) {
-            let at = packed_len(kernels, ks.start, n);
-            let len = packed_len(kernels, ks.len(), n);
-            pack_block(kernels, b, ks, n, &mut data[at..at + len], false);
+        for j in (0..n).step_by(kernels.nr()) {
+            for ks in k_blocks(k) {
+                let at = packed_len(kernels, ks.start, n) + j * ks.len();
+                let len = ks.len() * kernels.panel(n, j);
+                pack_panel(kernels, b, &ks, n, j, &mut data[at..at + len]);
+            }
+            spent(j..n.min(j + kernels.nr()));
         }
         PackedB {
             kernels,
@@ -207,32 +219,35 @@ fn pack_block(
     out: &mut [f32],
     parallel: bool,
 ) {
-    let kc = ks.len();
-    let panels = n.div_ceil(kernels.nr());
     let shared = Shared::new(out);
-    let pack = |p: usize| {
+    for_each(parallel, n.div_ceil(kernels.nr()), |p| {
         let j = p * kernels.nr();
-        let nr = kernels.panel(n, j);
+        let len = ks.len() * kernels.panel(n, j);
         // SAFETY: panel p alone writes these floats, which `packed_len` counted.
-        let out = unsafe { std::slice::from_raw_parts_mut(shared.get().add(j * kc), kc * nr) };
-        if b.col_stride == 1 {
-            pack_panel_rows(out, j, n, nr, |k| &b.data[(ks.start + k) * b.row_stride..]);
-        } else if b.row_stride == 1 {
-            pack_panel_cols(out, &b.data[ks.start..], b.col_stride, j, n, nr);
-        } else {
-            for (k, line) in out.chunks_exact_mut(nr).enumerate() {
-                let row = (ks.start + k) * b.row_stride;
-                for (jj, v) in line.iter_mut().enumerate() {
-                    *v = if j + jj < n {
-                        b.data[row + (j + jj) * b.col_stride]
-                    } else {
-                        0.0
-                    };
-                }
+        let out = unsafe { std::slice::from_raw_parts_mut(shared.get().add(j * ks.len()), len) };
+        pack_panel(kernels, b, &ks, n, j, out);
+    });
+}
+
+/// Packs rows `ks` of the panel of B that begins at column `j`, `[k][nr]`.
+fn pack_panel(kernels: &Kernels, b: Mat, ks: &Range<usize>, n: usize, j: usize, out: &mut [f32]) {
+    let nr = kernels.panel(n, j);
+    if b.col_stride == 1 {
+        pack_panel_rows(out, j, n, nr, |k| &b.data[(ks.start + k) * b.row_stride..]);
+    } else if b.row_stride == 1 {
+        pack_panel_cols(out, &b.data[ks.start..], b.col_stride, j, n, nr);
+    } else {
+        for (k, line) in out.chunks_exact_mut(nr).enumerate() {
+            let row = (ks.start + k) * b.row_stride;
+            for (jj, v) in line.iter_mut().enumerate() {
+                *v = if j + jj < n {
+                    b.data[row + (j + jj) * b.col_stride]
+                } else {
+                    0.0
+                };
             }
         }
-    };
-    for_each(parallel, panels, pack);
+    }
 }
 
 #[allow(clippy::too_many_arguments)]

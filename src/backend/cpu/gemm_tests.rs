@@ -76,7 +76,7 @@ fn check(kernels: &'static Kernels, case: Case) {
     };
     let packed;
     let operand = if case.packed {
-        packed = PackedB::with(kernels, k, n, bm);
+        packed = PackedB::with(kernels, k, n, bm, |_| ());
         Operand::Packed(&packed)
     } else {
         Operand::Plain(bm)

@@ -20,6 +20,7 @@ use crate::graph::{Graph, Kind, Phase, Spec, Tid};
 use crate::{Error, Result};
 use memmap2::MmapMut;
 use std::collections::HashSet;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -59,7 +60,8 @@ impl<'a> CpuCx<'a> {
         self.constant.get(i).copied().unwrap_or(false)
     }
 
-    /// Says that a constant operand is not read again after the kernel's first run: its memory is given back.
+    /// Says that a constant operand is not read again after the kernel's first run: its memory is given back then, or
+    /// piece by piece as the kernel calls [`Args::spent`].
     pub fn release(&mut self, i: usize) {
         self.release.push(i);
     }
@@ -86,12 +88,29 @@ pub struct Args<'a> {
     x: &'a [Slot],
     y: &'a [Slot],
     work: Slot,
+    /// By operand, whether this launch is the last to read it.
+    last: &'a [bool],
 }
 
 // The slots point into arenas that the executor owns and that outlive the launch.
 unsafe impl Sync for Args<'_> {}
 unsafe impl Send for Slot {}
 unsafe impl Sync for Slot {}
+
+impl Slot {
+    fn part(self, range: Range<usize>) -> Slot {
+        assert!(
+            range.start <= range.end && range.end <= self.len,
+            "{range:?} of {}",
+            self.len
+        );
+        Slot {
+            // SAFETY: inside the slot, as was just checked.
+            ptr: unsafe { self.ptr.add(range.start) },
+            len: range.len(),
+        }
+    }
+}
 
 impl<'a> Args<'a> {
     /// Operand `i`.
@@ -123,6 +142,15 @@ impl<'a> Args<'a> {
     #[allow(clippy::mut_from_ref)]
     pub fn yu(&self, i: usize) -> &'a mut [u32] {
         bytemuck::cast_slice_mut(self.y(i))
+    }
+
+    /// Says that elements `range` of operand `i` are not read again, so that the pages of a
+    /// [released](CpuCx::release) operand can go while the rest is still being packed: else a layer's weights lie in
+    /// memory twice.
+    pub fn spent(&self, i: usize, range: Range<usize>) {
+        if self.last[i] {
+            give_back(self.x[i].part(range));
+        }
     }
 
     /// The workspace, as long as was asked for.
@@ -231,11 +259,17 @@ impl Backend for Cpu {
             len: 0,
         };
         let slot = |p: Option<Place>| p.map_or(none, |p| arenas[p.arena].slot(p));
+        let drops = droppable(&graph, &releases, options.constant_params);
         let launches = kernels
             .into_iter()
             .enumerate()
             .map(|(i, kernel)| Launch {
                 kernel,
+                last: graph.nodes[i]
+                    .inputs
+                    .iter()
+                    .map(|&t| drops[i].contains(&graph.root(t).0))
+                    .collect(),
                 x: graph.nodes[i]
                     .inputs
                     .iter()
@@ -249,7 +283,6 @@ impl Backend for Cpu {
                 work: slot(memory.work[i]),
             })
             .collect();
-        let drops = droppable(&graph, &releases, options.constant_params);
         Ok(Box::new(CpuExec {
             graph,
             memory,
@@ -303,6 +336,7 @@ struct Launch {
     x: Vec<Slot>,
     y: Vec<Slot>,
     work: Slot,
+    last: Vec<bool>,
 }
 
 struct CpuExec {
@@ -382,6 +416,7 @@ impl CpuExec {
                 x: &l.x,
                 y: &l.y,
                 work: l.work,
+                last: &l.last,
             });
             after(i);
             for &t in &self.drops[i] {

@@ -43,16 +43,17 @@ enum Packed {
 }
 
 impl PackedFilter {
-    /// Packs `w` for convolutions of this shape, of any batch size.
-    pub fn new(shape: &ConvShape, w: &[f32]) -> Self {
+    /// Packs `w` for convolutions of this shape, of any batch size. `spent` hears which of them were read for the last
+    /// time.
+    pub fn new(shape: &ConvShape, w: &[f32], spent: impl Fn(Range<usize>) + Sync) -> Self {
         check_len("w", w, shape.weight_len());
         if shape.is_matrix_product() {
-            let b = Mat::transposed(w, shape.c);
-            return PackedFilter(Packed::Product(PackedB::new(shape.c, shape.k, b)));
+            let b = PackedB::new(shape.c, shape.k, w, spent);
+            return PackedFilter(Packed::Product(b));
         }
         let kernels = kernels();
         let mut data = vec![0.0; fprop_packed_len(kernels, shape)];
-        pack_fprop(kernels, shape, w, &mut data);
+        pack_fprop(kernels, shape, w, &mut data, spent);
         PackedFilter(Packed::Filter(kernels, data))
     }
 }
@@ -88,7 +89,7 @@ pub fn fprop(
     }
     let kernels = kernels();
     with_floats(fprop_packed_len(kernels, shape), |packed| {
-        pack_fprop(kernels, shape, w, packed);
+        pack_fprop(kernels, shape, w, packed, |_| ());
         fprop_with(kernels, shape, x, packed, epilogue(bias, residual, relu), y);
     });
 }
@@ -320,7 +321,13 @@ fn fprop_packed_len(kernels: &Kernels, full: &ConvShape) -> usize {
 }
 
 /// Packs the weights as `[group][panel][(r, s, c)][nr]`.
-fn pack_fprop(kernels: &'static Kernels, full: &ConvShape, w: &[f32], out: &mut [f32]) {
+fn pack_fprop(
+    kernels: &'static Kernels,
+    full: &ConvShape,
+    w: &[f32],
+    out: &mut [f32],
+    spent: impl Fn(Range<usize>) + Sync,
+) {
     let (s, filter) = trim(full);
     let (kg, line, depth) = (s.kg(), s.s * s.cg(), s.r * s.s * s.cg());
     let panels = kg.div_ceil(kernels.nr());
@@ -343,6 +350,8 @@ fn pack_fprop(kernels: &'static Kernels, full: &ConvShape, w: &[f32], out: &mut 
                 nr,
             );
         }
+        let of = |k: usize| (g * kg + k) * full.r * full.s * s.cg();
+        spent(of(j)..of(kg.min(j + nr)));
     });
 }
 

@@ -195,7 +195,8 @@ impl Op for Conv2d {
             // The weights do not change: packed at the first run, and the plain copy's memory given back.
             let packed: OnceLock<cpu::PackedFilter> = OnceLock::new();
             return Ok(Box::new(move |a| {
-                let w = packed.get_or_init(|| cpu::PackedFilter::new(&s, a.x(1)));
+                let w = packed
+                    .get_or_init(|| cpu::PackedFilter::new(&s, a.x(1), |done| a.spent(1, done)));
                 let residual = a.x_if(op.residual, 2 + usize::from(op.bias));
                 cpu::fprop_packed(&s, a.x(0), w, a.x_if(op.bias, 2), residual, op.relu, a.y(0));
             }));

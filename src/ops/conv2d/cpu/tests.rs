@@ -1,5 +1,6 @@
 use super::*;
 use crate::backend::cpu::kernel::available;
+use std::sync::Mutex;
 
 fn random(len: usize, seed: u32) -> Vec<f32> {
     let mut x = seed.wrapping_mul(2_654_435_761).wrapping_add(12_345);
@@ -88,7 +89,7 @@ fn check(kernels: &'static Kernels, s: &ConvShape) {
     let mut y = vec![f32::NAN; s.output_len()];
     with_floats(fprop_packed_len(kernels, s), |packed| {
         packed.fill(f32::NAN);
-        pack_fprop(kernels, s, &w, packed);
+        pack_fprop(kernels, s, &w, packed, |_| ());
         fprop_with(
             kernels,
             s,
@@ -111,15 +112,16 @@ fn check(kernels: &'static Kernels, s: &ConvShape) {
         fprop(s, &x, &w, Some(&bias), Some(&residual), false, &mut y);
         compare(&what("fprop()"), &y, &want_y);
         y.fill(f32::NAN);
-        fprop_packed(
-            s,
-            &x,
-            &PackedFilter::new(s, &w),
-            Some(&bias),
-            Some(&residual),
-            false,
-            &mut y,
+        let spent = Mutex::new(vec![0; w.len()]);
+        let filter = PackedFilter::new(s, &w, |done| {
+            spent.lock().unwrap()[done].iter_mut().for_each(|n| *n += 1);
+        });
+        let spent = spent.into_inner().unwrap();
+        assert!(
+            spent.iter().all(|&n| n == 1),
+            "{s:?}: each weight is let go once"
         );
+        fprop_packed(s, &x, &filter, Some(&bias), Some(&residual), false, &mut y);
         compare(&what("fprop_packed()"), &y, &want_y);
         dx.fill(f32::NAN);
         dgrad(s, &dy, &w, None, &mut dx);
@@ -250,7 +252,7 @@ fn winograd_on_any_size() {
             });
             want_y.iter_mut().for_each(|v| *v = v.max(0.0));
             let mut packed = vec![f32::NAN; fprop_packed_len(kernels, &s)];
-            pack_fprop(kernels, &s, &w, &mut packed);
+            pack_fprop(kernels, &s, &w, &mut packed, |_| ());
             let (mut y, mut dx) = (
                 vec![f32::NAN; s.output_len()],
                 vec![f32::NAN; s.input_len()],
