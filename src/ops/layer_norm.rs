@@ -149,48 +149,59 @@ impl Op for LayerNorm {
 /// Lanes of the partial sums below: fixed, so that the bits do not depend on the processor's vector width.
 const LANES: usize = 16;
 
+/// The lanes' sum, halves by halves.
 #[inline(always)]
-fn sum(lanes: [f32; LANES]) -> f32 {
-    let mut l = lanes;
+fn sum(mut lanes: [f32; LANES]) -> f32 {
     let mut half = LANES / 2;
     while half > 0 {
         for i in 0..half {
-            l[i] += l[i + half];
+            lanes[i] += lanes[i + half];
         }
         half /= 2;
     }
-    l[0]
+    lanes[0]
 }
 
-/// `sum of f(i)` over `0..n` in [`LANES`] interleaved partial sums.
+/// `sum of f(x[0][i], x[1][i], ..)` in interleaved partial sums: two sets of [`LANES`], as one alone would wait for its
+/// own additions.
 #[inline(always)]
-fn sum_by(n: usize, f: impl Fn(usize) -> f32) -> f32 {
-    let mut lanes = [0.0f32; LANES];
-    let whole = n / LANES * LANES;
-    let mut i = 0;
-    while i < whole {
-        for (l, sum) in lanes.iter_mut().enumerate() {
-            *sum += f(i + l);
+fn sum_by<const K: usize>(x: [&[f32]; K], f: impl Fn([f32; K]) -> f32) -> f32 {
+    let n = x[0].len();
+    let blocks = x.map(|x| x[..n].as_chunks::<LANES>());
+    let term = |b: usize, l: usize| f(std::array::from_fn(|k| blocks[k].0[b][l]));
+    let mut sums = [[0.0f32; LANES]; 2];
+    for pair in 0..n / LANES / 2 {
+        for l in 0..LANES {
+            sums[0][l] += term(2 * pair, l);
         }
-        i += LANES;
+        for l in 0..LANES {
+            sums[1][l] += term(2 * pair + 1, l);
+        }
     }
-    for (l, sum) in lanes.iter_mut().enumerate().take(n - whole) {
-        *sum += f(whole + l);
+    if n / LANES % 2 == 1 {
+        for l in 0..LANES {
+            sums[0][l] += term(n / LANES - 1, l);
+        }
     }
-    sum(lanes)
+    for l in 0..LANES {
+        sums[0][l] += sums[1][l];
+    }
+    for i in 0..n % LANES {
+        sums[0][i] += f(std::array::from_fn(|k| blocks[k].1[i]));
+    }
+    sum(sums[0])
 }
 
 multiversion! {
     /// Rows of `x` to rows of `y`; two passes for the variance.
     fn normalise(x: &[f32], gamma: &[f32], beta: &[f32], eps: f32, y: &mut [f32], mean: &mut [f32], rstd: &mut [f32]) {
         let c = gamma.len();
-        let beta = &beta[..c];
         for (r, (x, y)) in x.chunks_exact(c).zip(y.chunks_exact_mut(c)).enumerate() {
-            let m = sum_by(c, |i| x[i]) / c as f32;
-            let var = sum_by(c, |i| (x[i] - m) * (x[i] - m)) / c as f32;
+            let m = sum_by([x], |[x]| x) / c as f32;
+            let var = sum_by([x], |[x]| (x - m) * (x - m)) / c as f32;
             let s = 1.0 / (var + eps).sqrt();
-            for i in 0..c {
-                y[i] = (x[i] - m) * s * gamma[i] + beta[i];
+            for (((y, x), g), b) in y.iter_mut().zip(x).zip(gamma).zip(beta) {
+                *y = (x - m) * s * g + b;
             }
             mean[r] = m;
             rstd[r] = s;
@@ -402,8 +413,8 @@ multiversion! {
     ) {
         let c = gamma.len();
         let (dy, x, dx, dgamma, dbeta) = (&dy[..c], &x[..c], &mut dx[..c], &mut dgamma[..c], &mut dbeta[..c]);
-        let mg = sum_by(c, |i| dy[i] * gamma[i]) / c as f32;
-        let mgh = sum_by(c, |i| dy[i] * gamma[i] * ((x[i] - mean) * rstd)) / c as f32;
+        let mg = sum_by([dy, gamma], |[dy, g]| dy * g) / c as f32;
+        let mgh = sum_by([dy, gamma, x], |[dy, g, x]| dy * g * ((x - mean) * rstd)) / c as f32;
         for i in 0..c {
             let h = (x[i] - mean) * rstd;
             dx[i] = rstd * (dy[i] * gamma[i] - mg - h * mgh);
