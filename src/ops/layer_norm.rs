@@ -168,28 +168,24 @@ fn sum(mut lanes: [f32; LANES]) -> f32 {
 fn sum_by<const K: usize>(x: [&[f32]; K], f: impl Fn([f32; K]) -> f32) -> f32 {
     let n = x[0].len();
     let blocks = x.map(|x| x[..n].as_chunks::<LANES>());
-    let term = |b: usize, l: usize| f(std::array::from_fn(|k| blocks[k].0[b][l]));
-    let mut sums = [[0.0f32; LANES]; 2];
+    let add = |lanes: &mut [f32; LANES], b: usize| {
+        for (l, sum) in lanes.iter_mut().enumerate() {
+            *sum += f(std::array::from_fn(|k| blocks[k].0[b][l]));
+        }
+    };
+    let (mut even, mut odd) = ([0.0; LANES], [0.0; LANES]);
     for pair in 0..n / LANES / 2 {
-        for l in 0..LANES {
-            sums[0][l] += term(2 * pair, l);
-        }
-        for l in 0..LANES {
-            sums[1][l] += term(2 * pair + 1, l);
-        }
+        add(&mut even, 2 * pair);
+        add(&mut odd, 2 * pair + 1);
     }
     if n / LANES % 2 == 1 {
-        for l in 0..LANES {
-            sums[0][l] += term(n / LANES - 1, l);
-        }
+        add(&mut even, n / LANES - 1);
     }
-    for l in 0..LANES {
-        sums[0][l] += sums[1][l];
+    even.iter_mut().zip(odd).for_each(|(e, o)| *e += o);
+    for (i, sum) in even.iter_mut().enumerate().take(n % LANES) {
+        *sum += f(std::array::from_fn(|k| blocks[k].1[i]));
     }
-    for i in 0..n % LANES {
-        sums[0][i] += f(std::array::from_fn(|k| blocks[k].1[i]));
-    }
-    sum(sums[0])
+    sum(even)
 }
 
 multiversion! {

@@ -13,7 +13,8 @@ use crate::{Error, Result, multiversion};
 use std::f32::consts::LOG2_E;
 use std::ops::Range;
 
-/// Groups of windows whose gradients of the table are summed apart, at most.
+/// Groups of windows whose gradients of the table are summed apart, at most; fewer windows than that share out their
+/// heads.
 const GROUPS: usize = 16;
 
 /// A launch.
@@ -59,25 +60,40 @@ impl Job {
 
     /// `bias[head][i][j] = table[entry(i, j)][head] / scale`, or with i and j exchanged.
     fn expand(&self, table: &[f32], bias: &mut [f32], exchanged: bool) {
-        let (heads, tokens, tp) = (self.g.op.heads, self.g.tokens(), self.p.tp);
-        let factor = 1.0 / self.g.scale();
+        let (g, tp) = (&self.g, self.p.tp);
+        let (heads, tokens, entries) = (g.op.heads, g.tokens(), g.entries());
+        let factor = 1.0 / g.scale();
         let bias = Shared::new(bias);
         parallel_for(heads, |head| {
-            for i in 0..tokens {
-                // SAFETY: a row of this task's head.
-                let row = unsafe {
-                    std::slice::from_raw_parts_mut(bias.get().add((head * tokens + i) * tp), tp)
-                };
-                for (j, b) in row[..tokens].iter_mut().enumerate() {
-                    let entry = match exchanged {
-                        false => self.g.entry(i, j),
-                        true => self.g.entry(j, i),
-                    };
-                    *b = table[entry * heads + head] * factor;
+            with_floats(entries, |column| {
+                // The head's column of the table, backwards where i and j are not exchanged.
+                for (e, c) in column.iter_mut().enumerate() {
+                    let e = if exchanged { e } else { entries - 1 - e };
+                    *c = table[e * heads + head] * factor;
                 }
-                row[tokens..].fill(0.0);
-            }
+                for i in 0..tokens {
+                    // SAFETY: a row of this task's head.
+                    let row = unsafe {
+                        std::slice::from_raw_parts_mut(bias.get().add((head * tokens + i) * tp), tp)
+                    };
+                    let (row, padding) = row.split_at_mut(tokens);
+                    for (j, row) in self.window_rows(row) {
+                        row.copy_from_slice(&column[g.entry(j, i)..][..row.len()]);
+                    }
+                    padding.fill(0.0);
+                }
+            });
         });
+    }
+
+    /// What belongs to the tokens of a window, by rows of the window, each with its first token. From one token to the
+    /// next the entry of the table is the next one.
+    fn window_rows<'a>(
+        &self,
+        tokens: &'a mut [f32],
+    ) -> impl Iterator<Item = (usize, &'a mut [f32])> {
+        let side = self.g.op.side;
+        (0..).step_by(side).zip(tokens.chunks_exact_mut(side))
     }
 
     /// The rows `rows` of a window's matrix of scores get bias and mask.
@@ -175,12 +191,19 @@ pub(super) fn forward(op: &WindowAttention, cx: &mut CpuCx) -> Result<CpuKernel>
         let bias = a.work();
         job.expand(a.x(1), bias, false);
         let (out, lse) = (Shared::new(a.y(0)), Shared::new(a.y(1)));
-        parallel_for(job.windows(), |window| {
+        // A window's heads are done together, as its pixels lie together, unless there are too few windows.
+        let shares = if job.windows() < GROUPS {
+            g.op.heads
+        } else {
+            1
+        };
+        parallel_for(job.windows() * shares, |task| {
+            let window = task / shares;
             with_indices(g.tokens(), |at| {
                 at.iter_mut()
                     .enumerate()
                     .for_each(|(t, at)| *at = g.pixel(window, t));
-                for head in 0..g.op.heads {
+                for head in part(g.op.heads, shares, task % shares) {
                     forward_head(&job, a.x(0), bias, (window, head), at, out, lse);
                 }
             });
@@ -379,8 +402,13 @@ fn backward_head(
             // The gradient of a score is the scale times that of the bias.
             let factor = 1.0 / p.e.scale;
             sums.fill(0.0);
-            for (j, i) in (0..tokens).flat_map(|j| (0..tokens).map(move |i| (j, i))) {
-                sums[g.entry(i, j)] += dbias[j * p.tp + i] * factor;
+            for (j, dbias) in dbias.chunks_exact_mut(p.tp).enumerate() {
+                for (i, dbias) in job.window_rows(&mut dbias[..tokens]) {
+                    let sums = &mut sums[g.entry(i, j)..];
+                    sums.iter_mut()
+                        .zip(dbias)
+                        .for_each(|(s, d)| *s += *d * factor);
+                }
             }
         });
     });
