@@ -235,7 +235,7 @@ fn pack_panel(kernels: &Kernels, b: Mat, ks: &Range<usize>, n: usize, j: usize, 
     if b.col_stride == 1 {
         pack_panel_rows(out, j, n, nr, |k| &b.data[(ks.start + k) * b.row_stride..]);
     } else if b.row_stride == 1 {
-        pack_panel_cols(out, &b.data[ks.start..], b.col_stride, j, n, nr);
+        pack_panel_cols(kernels, out, &b.data[ks.start..], b.col_stride, j, n, nr);
     } else {
         for (k, line) in out.chunks_exact_mut(nr).enumerate() {
             let row = (ks.start + k) * b.row_stride;

@@ -11,6 +11,7 @@
 //! A sum runs over k in order whatever the tile's size, so tiling never changes the bits.
 
 use super::epilogue::{Finish, finish};
+use super::pack::{self, Columns};
 use super::simd::Simd;
 use super::winograd;
 use std::sync::LazyLock;
@@ -53,6 +54,7 @@ pub(crate) struct Kernels {
     rows: &'static [&'static [RowsFn]],
     outer: &'static [&'static [OuterFn]],
     finish: unsafe fn(&Finish),
+    pack_columns: unsafe fn(&Columns),
     /// Winograd's transforms; the contracts stand with the functions of the same names.
     pub winograd_input: unsafe fn(&winograd::Input),
     pub winograd_weights: unsafe fn(&winograd::Weights),
@@ -99,6 +101,14 @@ impl Kernels {
     pub unsafe fn finish(&self, args: &Finish) {
         // SAFETY: as above.
         unsafe { (self.finish)(args) }
+    }
+
+    /// # Safety
+    /// The contract of [`Columns`].
+    #[inline]
+    pub unsafe fn pack_columns(&self, args: &Columns) {
+        // SAFETY: as above.
+        unsafe { (self.pack_columns)(args) }
     }
 }
 
@@ -184,6 +194,11 @@ macro_rules! kernels {
                 unsafe { finish::<$simd>(t) }
             }
             $(#[$feature])?
+            unsafe fn pack_columns(t: &Columns) {
+                // SAFETY: passed on.
+                unsafe { pack::columns::<$simd>(t) }
+            }
+            $(#[$feature])?
             unsafe fn winograd_input(t: &winograd::Input) {
                 // SAFETY: passed on.
                 unsafe { winograd::input::<$simd>(t) }
@@ -214,6 +229,7 @@ macro_rules! kernels {
                 rows: &[$(&[$(rows::<$mr, $nv>),*]),*],
                 outer: &[$(&[$(outer::<$mr, $nv>),*]),*],
                 finish: store,
+                pack_columns,
                 winograd_input,
                 winograd_weights,
                 winograd_output,

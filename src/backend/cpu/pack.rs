@@ -1,6 +1,7 @@
 //! The packed form of a B operand: panels of `nr` columns, `[panel][k][nr]`, padded with zeros.
 
 use super::kernel::{Kernels, MAX_MR};
+use super::simd::Simd;
 
 /// Floats in the packed form of a `[k, n]` operand.
 pub(crate) fn packed_len(kernels: &Kernels, k: usize, n: usize) -> usize {
@@ -24,6 +25,7 @@ pub(crate) fn pack_panel_rows<'a>(
 
 /// Packs columns `j .. j + nr` of an operand whose column `j` lies contiguous along k at `data[j * col_stride ..]`.
 pub(crate) fn pack_panel_cols(
+    kernels: &Kernels,
     out: &mut [f32],
     data: &[f32],
     col_stride: usize,
@@ -31,24 +33,61 @@ pub(crate) fn pack_panel_cols(
     n: usize,
     nr: usize,
 ) {
-    // Small blocks of k, so that the cache lines being written stay in L1.
-    const BLOCK: usize = 16;
-    let cols = nr.min(n - j);
-    let mut k0 = 0;
-    for block in out.chunks_mut(BLOCK * nr) {
-        let depth = block.len() / nr;
-        for jj in 0..cols {
-            let column = &data[(j + jj) * col_stride + k0..][..depth];
-            for (line, &v) in block.chunks_exact_mut(nr).zip(column) {
-                line[jj] = v;
+    let (cols, depth) = (nr.min(n - j), out.len() / nr);
+    let data = &data[j * col_stride..];
+    assert!(out.len() == depth * nr && (cols - 1) * col_stride + depth <= data.len());
+    let columns = Columns {
+        data: data.as_ptr(),
+        col_stride,
+        cols,
+        depth,
+        nr,
+        out: out.as_mut_ptr(),
+    };
+    // SAFETY: asserted, and a panel is whole registers.
+    unsafe { kernels.pack_columns(&columns) };
+}
+
+/// Arguments of the kernel `pack_columns`: column `j` of `cols` is `data[j * col_stride ..][.. depth]`, `out` holds
+/// `[depth, nr]`, `nr` being whole registers; columns from `cols` on become zero.
+pub(crate) struct Columns {
+    data: *const f32,
+    col_stride: usize,
+    cols: usize,
+    depth: usize,
+    nr: usize,
+    out: *mut f32,
+}
+
+/// # Safety
+/// As [`Columns`] says, and the processor has the instructions of `S`.
+#[inline(always)]
+pub(super) unsafe fn columns<S: Simd>(t: &Columns) {
+    for j in (0..t.nr).step_by(S::LANES) {
+        let cols = t.cols.saturating_sub(j).min(S::LANES);
+        let squares = if cols == S::LANES {
+            t.depth / S::LANES * S::LANES
+        } else {
+            0
+        };
+        // SAFETY: `cols` columns of `depth` floats from column `j` on, and as many rows of `out`.
+        unsafe {
+            let data = t.data.wrapping_add(j * t.col_stride);
+            for k in (0..squares).step_by(S::LANES) {
+                let to = t.out.add(k * t.nr + j);
+                S::transpose(data.add(k), t.col_stride, to, t.nr);
+            }
+            for k in squares..t.depth {
+                for l in 0..S::LANES {
+                    let v = if l < cols {
+                        *data.add(l * t.col_stride + k)
+                    } else {
+                        0.0
+                    };
+                    *t.out.add(k * t.nr + j + l) = v;
+                }
             }
         }
-        if cols < nr {
-            block
-                .chunks_exact_mut(nr)
-                .for_each(|line| line[cols..].fill(0.0));
-        }
-        k0 += depth;
     }
 }
 

@@ -20,6 +20,8 @@ pub(crate) trait Simd: Copy {
     unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
     /// The greater; `b` where either is NaN.
     unsafe fn max(a: Self::V, b: Self::V) -> Self::V;
+    /// A square of `LANES` rows of `LANES` floats: rows `lds` apart become columns of rows `ldd` apart.
+    unsafe fn transpose(src: *const f32, lds: usize, dst: *mut f32, ldd: usize);
 }
 
 /// Four lanes in plain Rust, which LLVM turns into SSE2, NEON or scalar code.
@@ -63,6 +65,15 @@ impl Simd for Portable {
     #[inline(always)]
     unsafe fn max(a: Self::V, b: Self::V) -> Self::V {
         std::array::from_fn(|i| if a[i] > b[i] { a[i] } else { b[i] })
+    }
+    #[inline(always)]
+    unsafe fn transpose(src: *const f32, lds: usize, dst: *mut f32, ldd: usize) {
+        for r in 0..Self::LANES {
+            for c in 0..Self::LANES {
+                // SAFETY: the caller gives a square of LANES rows on both sides.
+                unsafe { *dst.add(c * ldd + r) = *src.add(r * lds + c) };
+            }
+        }
     }
 }
 
@@ -114,6 +125,39 @@ mod x86 {
         unsafe fn max(a: __m256, b: __m256) -> __m256 {
             unsafe { _mm256_max_ps(a, b) }
         }
+        #[inline(always)]
+        unsafe fn transpose(src: *const f32, lds: usize, dst: *mut f32, ldd: usize) {
+            unsafe {
+                let r: [__m256; 8] = std::array::from_fn(|i| _mm256_loadu_ps(src.add(i * lds)));
+                let pair: [__m256; 8] = std::array::from_fn(|i| {
+                    let (a, b) = (r[i & !1], r[i | 1]);
+                    if i & 1 == 0 {
+                        _mm256_unpacklo_ps(a, b)
+                    } else {
+                        _mm256_unpackhi_ps(a, b)
+                    }
+                });
+                for e in 0..4 {
+                    let four = |g: usize| {
+                        let (a, b) = (
+                            _mm256_castps_pd(pair[g + (e >> 1)]),
+                            _mm256_castps_pd(pair[g + 2 + (e >> 1)]),
+                        );
+                        _mm256_castpd_ps(if e & 1 == 0 {
+                            _mm256_unpacklo_pd(a, b)
+                        } else {
+                            _mm256_unpackhi_pd(a, b)
+                        })
+                    };
+                    let (low, high) = (four(0), four(4));
+                    _mm256_storeu_ps(dst.add(e * ldd), _mm256_permute2f128_ps::<0x20>(low, high));
+                    _mm256_storeu_ps(
+                        dst.add((4 + e) * ldd),
+                        _mm256_permute2f128_ps::<0x31>(low, high),
+                    );
+                }
+            }
+        }
     }
 
     /// 16 lanes; needs `avx512f`.
@@ -155,6 +199,53 @@ mod x86 {
         #[inline(always)]
         unsafe fn max(a: __m512, b: __m512) -> __m512 {
             unsafe { _mm512_max_ps(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn transpose(src: *const f32, lds: usize, dst: *mut f32, ldd: usize) {
+            unsafe {
+                let r: [__m512; 16] = std::array::from_fn(|i| _mm512_loadu_ps(src.add(i * lds)));
+                // Pairs of rows, then fours, within each 128-bit quarter; then the quarters change places.
+                let pair: [__m512; 16] = std::array::from_fn(|i| {
+                    let (a, b) = (r[i & !1], r[i | 1]);
+                    if i & 1 == 0 {
+                        _mm512_unpacklo_ps(a, b)
+                    } else {
+                        _mm512_unpackhi_ps(a, b)
+                    }
+                });
+                // four[4 g + e]: element e of each quarter of rows 4 g .. 4 g + 4.
+                let four: [__m512; 16] = std::array::from_fn(|i| {
+                    let (g, e) = (i & !3, i & 3);
+                    let (a, b) = (
+                        _mm512_castps_pd(pair[g + (e >> 1)]),
+                        _mm512_castps_pd(pair[g + 2 + (e >> 1)]),
+                    );
+                    _mm512_castpd_ps(if e & 1 == 0 {
+                        _mm512_unpacklo_pd(a, b)
+                    } else {
+                        _mm512_unpackhi_pd(a, b)
+                    })
+                });
+                for e in 0..4 {
+                    let even = _mm512_shuffle_f32x4::<0x88>(four[e], four[4 + e]);
+                    let odd = _mm512_shuffle_f32x4::<0xdd>(four[e], four[4 + e]);
+                    let even2 = _mm512_shuffle_f32x4::<0x88>(four[8 + e], four[12 + e]);
+                    let odd2 = _mm512_shuffle_f32x4::<0xdd>(four[8 + e], four[12 + e]);
+                    _mm512_storeu_ps(dst.add(e * ldd), _mm512_shuffle_f32x4::<0x88>(even, even2));
+                    _mm512_storeu_ps(
+                        dst.add((4 + e) * ldd),
+                        _mm512_shuffle_f32x4::<0x88>(odd, odd2),
+                    );
+                    _mm512_storeu_ps(
+                        dst.add((8 + e) * ldd),
+                        _mm512_shuffle_f32x4::<0xdd>(even, even2),
+                    );
+                    _mm512_storeu_ps(
+                        dst.add((12 + e) * ldd),
+                        _mm512_shuffle_f32x4::<0xdd>(odd, odd2),
+                    );
+                }
+            }
         }
     }
 }

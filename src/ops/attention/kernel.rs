@@ -83,8 +83,6 @@ trait Lanes: Simd {
     unsafe fn reduce_max(v: Self::V) -> f32;
     /// Asks for the line at `p`, which may be any address.
     unsafe fn prefetch(p: *const f32);
-    /// A square of registers: rows `lds` apart to columns, rows of the result `ldd` apart.
-    unsafe fn transpose(src: *const f32, lds: usize, dst: *mut f32, ldd: usize);
 }
 
 /// `2^r` on [-1/2, 1/2]: minimax in relative error, 7.5e-8.
@@ -129,15 +127,6 @@ impl Lanes for Portable {
     }
     #[inline(always)]
     unsafe fn prefetch(_p: *const f32) {}
-    #[inline(always)]
-    unsafe fn transpose(src: *const f32, lds: usize, dst: *mut f32, ldd: usize) {
-        for r in 0..Self::LANES {
-            for c in 0..Self::LANES {
-                // SAFETY: the caller gives a square of LANES rows on both sides.
-                unsafe { *dst.add(c * ldd + r) = *src.add(r * lds + c) };
-            }
-        }
-    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -167,53 +156,6 @@ mod x86 {
         #[inline(always)]
         unsafe fn prefetch(p: *const f32) {
             unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
-        }
-        #[inline(always)]
-        unsafe fn transpose(src: *const f32, lds: usize, dst: *mut f32, ldd: usize) {
-            unsafe {
-                let r: [__m512; 16] = std::array::from_fn(|i| _mm512_loadu_ps(src.add(i * lds)));
-                // Pairs of rows, then fours, within each 128-bit quarter; then the quarters change places.
-                let pair: [__m512; 16] = std::array::from_fn(|i| {
-                    let (a, b) = (r[i & !1], r[i | 1]);
-                    if i & 1 == 0 {
-                        _mm512_unpacklo_ps(a, b)
-                    } else {
-                        _mm512_unpackhi_ps(a, b)
-                    }
-                });
-                // four[4 g + e]: element e of each quarter of rows 4 g .. 4 g + 4.
-                let four: [__m512; 16] = std::array::from_fn(|i| {
-                    let (g, e) = (i & !3, i & 3);
-                    let (a, b) = (
-                        _mm512_castps_pd(pair[g + (e >> 1)]),
-                        _mm512_castps_pd(pair[g + 2 + (e >> 1)]),
-                    );
-                    _mm512_castpd_ps(if e & 1 == 0 {
-                        _mm512_unpacklo_pd(a, b)
-                    } else {
-                        _mm512_unpackhi_pd(a, b)
-                    })
-                });
-                for e in 0..4 {
-                    let even = _mm512_shuffle_f32x4::<0x88>(four[e], four[4 + e]);
-                    let odd = _mm512_shuffle_f32x4::<0xdd>(four[e], four[4 + e]);
-                    let even2 = _mm512_shuffle_f32x4::<0x88>(four[8 + e], four[12 + e]);
-                    let odd2 = _mm512_shuffle_f32x4::<0xdd>(four[8 + e], four[12 + e]);
-                    _mm512_storeu_ps(dst.add(e * ldd), _mm512_shuffle_f32x4::<0x88>(even, even2));
-                    _mm512_storeu_ps(
-                        dst.add((4 + e) * ldd),
-                        _mm512_shuffle_f32x4::<0x88>(odd, odd2),
-                    );
-                    _mm512_storeu_ps(
-                        dst.add((8 + e) * ldd),
-                        _mm512_shuffle_f32x4::<0xdd>(even, even2),
-                    );
-                    _mm512_storeu_ps(
-                        dst.add((12 + e) * ldd),
-                        _mm512_shuffle_f32x4::<0xdd>(odd, odd2),
-                    );
-                }
-            }
         }
     }
 
@@ -248,39 +190,6 @@ mod x86 {
         #[inline(always)]
         unsafe fn prefetch(p: *const f32) {
             unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
-        }
-        #[inline(always)]
-        unsafe fn transpose(src: *const f32, lds: usize, dst: *mut f32, ldd: usize) {
-            unsafe {
-                let r: [__m256; 8] = std::array::from_fn(|i| _mm256_loadu_ps(src.add(i * lds)));
-                let pair: [__m256; 8] = std::array::from_fn(|i| {
-                    let (a, b) = (r[i & !1], r[i | 1]);
-                    if i & 1 == 0 {
-                        _mm256_unpacklo_ps(a, b)
-                    } else {
-                        _mm256_unpackhi_ps(a, b)
-                    }
-                });
-                for e in 0..4 {
-                    let four = |g: usize| {
-                        let (a, b) = (
-                            _mm256_castps_pd(pair[g + (e >> 1)]),
-                            _mm256_castps_pd(pair[g + 2 + (e >> 1)]),
-                        );
-                        _mm256_castpd_ps(if e & 1 == 0 {
-                            _mm256_unpacklo_pd(a, b)
-                        } else {
-                            _mm256_unpackhi_pd(a, b)
-                        })
-                    };
-                    let (low, high) = (four(0), four(4));
-                    _mm256_storeu_ps(dst.add(e * ldd), _mm256_permute2f128_ps::<0x20>(low, high));
-                    _mm256_storeu_ps(
-                        dst.add((4 + e) * ldd),
-                        _mm256_permute2f128_ps::<0x31>(low, high),
-                    );
-                }
-            }
         }
     }
 }

@@ -342,6 +342,7 @@ fn pack_fprop(
         };
         for (r, out) in out.chunks_exact_mut(line * nr).enumerate() {
             pack_panel_cols(
+                kernels,
                 out,
                 &w[filter.tap(g * kg, r, 0)..],
                 filter.k_step,
