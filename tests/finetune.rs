@@ -284,6 +284,37 @@ fn a_teacher_draws_the_student_towards_itself() {
     );
 }
 
+/// DeiT's way with two classifiers: labels for the one, the teacher for the other.
+#[test]
+fn of_two_classifiers_one_learns_from_the_teacher() {
+    let tmp = tempfile::tempdir().unwrap();
+    let root = tmp.path();
+    let teacher = backbone(root, "cnn_r14");
+    // What the two weights of the heads move from their initial zero biases.
+    let moved = |alpha: &str| {
+        let dir = root.join(alpha);
+        good(
+            root,
+            &format!(
+                "train -m deit_tiny_distilled_patch16_32 --teacher {} -d digits --image-size 32 --epochs 1 \
+                 --optimizer sgd --lr 0.01 --weight-decay 0 --limit-train 64 --batch-size 32 --distill-hard \
+                 --distill-alpha {alpha} -o {}",
+                teacher.display(),
+                dir.display()
+            ),
+        );
+        let all = weights(&dir, "last");
+        ["head.bias", "head_dist.bias"].map(|name| {
+            let (_, bias) = all.iter().find(|(n, _)| n == name).unwrap();
+            bias.iter().fold(0f32, |most, v| most.max(v.abs()))
+        })
+    };
+    let [own, taught] = moved("0");
+    assert!(own > 0.0 && taught == 0.0, "{own} {taught}");
+    let [own, taught] = moved("1");
+    assert!(own == 0.0 && taught > 0.0, "{own} {taught}");
+}
+
 #[test]
 fn recomputed_blocks_end_in_the_same_bits() {
     let tmp = tempfile::tempdir().unwrap();

@@ -29,15 +29,15 @@ use tilewright::{Error, Result};
 #[derive(Args)]
 #[command(after_help = "Examples:
   tilewright check
-  tilewright check conv2d --backend wgpu --variants
+  tilewright check conv2d linear --backend wgpu --variants
   tilewright check layer_norm --fuzz 50 --seed 7
   tilewright check --determinism 10
   tilewright check --coverage
   tilewright check 'linear(m=5,i=7,o=3)'")]
 pub struct Check {
-    /// An op, or one case of an op as `op(key=value,...)` [default: every case of every op]
+    /// Ops, or cases of an op as `op(key=value,...)` [default: every case of every op]
     #[arg(value_name = "OP")]
-    op: Option<String>,
+    ops: Vec<String>,
     /// Check every kernel variant and, on cuda, every precision, not only what the default rule picks
     #[arg(long)]
     variants: bool,
@@ -60,20 +60,31 @@ pub struct Check {
 
 type Cases = Vec<(&'static Room, Vec<String>)>;
 
-/// The rooms and cases that `op` names.
-fn cases(op: Option<&str>) -> Result<Cases> {
+/// The rooms and cases that `ops` name, and the precision that `dtype=` in them stands for.
+fn cases(ops: &[String]) -> Result<(Cases, Option<Precision>)> {
     let all = |r: &'static Room| (r, r.cases.iter().map(ToString::to_string).collect());
-    let Some(op) = op else {
-        return Ok(ROOMS.iter().map(|r| all(r)).collect());
-    };
-    let CaseText { room, params, .. } = case(op)?;
-    let Some(params) = params else {
-        return Ok(vec![all(room)]);
-    };
-    for p in &params {
-        room.build(p)?;
+    if ops.is_empty() {
+        return Ok((ROOMS.iter().map(|r| all(r)).collect(), None));
     }
-    Ok(vec![(room, params)])
+    let told = ops.iter().map(|op| case(op)).collect::<Result<Vec<_>>>()?;
+    let precision = told[0].precision;
+    if told.iter().any(|c| c.precision != precision) {
+        return Err(Error::input(
+            "the cases differ in dtype; check each precision on its own",
+        ));
+    }
+    let mut cases = vec![];
+    for CaseText { room, params, .. } in told {
+        let Some(params) = params else {
+            cases.push(all(room));
+            continue;
+        };
+        for p in &params {
+            room.build(p)?;
+        }
+        cases.push((room, params));
+    }
+    Ok((cases, precision))
 }
 
 /// What is checked of an op on a backend.
@@ -304,11 +315,9 @@ impl Check {
     }
 
     pub fn run(self, g: &Global) -> Result<ExitCode> {
-        let cases = cases(self.op.as_deref())?;
-        // `dtype=` stands for --precision.
-        let told = self.op.as_deref().map(case).transpose()?;
+        let (cases, precision) = cases(&self.ops)?;
         let g = &Global {
-            precision: told.and_then(|c| c.precision).or(g.precision),
+            precision: precision.or(g.precision),
             ..g.clone()
         };
         if self.list {

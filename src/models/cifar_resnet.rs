@@ -88,7 +88,7 @@ impl CifarResNet {
             Shortcut::Project => "fc",
         };
         let logits = classifier(g, features, head, classes)?;
-        Ok(Heads { logits, features })
+        Ok(Heads::new(logits, features))
     }
 
     fn residual(

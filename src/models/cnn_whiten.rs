@@ -59,7 +59,7 @@ impl CnnWhiten {
         let x = g.linear(x, "fc1", LinearLayer::new(flat, self.hidden))?;
         let features = g.relu(x)?;
         let logits = classifier(g, features, "fc2", classes)?;
-        Ok(Heads { logits, features })
+        Ok(Heads::new(logits, features))
     }
 }
 

@@ -44,9 +44,21 @@ pub struct Heads {
     pub logits: Option<Tid>,
     /// `[N, dim]`: what the classifier reads (pooled channels, or the class token).
     pub features: Tid,
+    /// The logits of two classifiers whose mean `logits` is (distilled DeiT): the one that learns from the labels, and
+    /// the one that learns from a teacher.
+    pub taught: Option<[Tid; 2]>,
 }
 
 impl Heads {
+    /// With one classifier, or none.
+    pub fn new(logits: Option<Tid>, features: Tid) -> Self {
+        Heads {
+            logits,
+            features,
+            taught: None,
+        }
+    }
+
     /// The logits, or the features where there is no classifier.
     pub fn output(&self) -> Tid {
         self.logits.unwrap_or(self.features)

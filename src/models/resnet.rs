@@ -75,7 +75,7 @@ impl ResNet {
         }
         let features = g.scoped("avgpool", |g| g.global_avg_pool(x))?;
         let logits = classifier(g, features, "fc", classes)?;
-        Ok(Heads { logits, features })
+        Ok(Heads::new(logits, features))
     }
 
     /// `relu(F(x) + shortcut(x))`, with a 1x1 projection where the shape changes (option B).

@@ -112,7 +112,7 @@ impl Swin {
             0 => None,
             _ => Some(g.linear(features, "head.fc", linear(classes))?),
         };
-        Ok(Heads { logits, features })
+        Ok(Heads::new(logits, features))
     }
 
     /// `[N, H, W, 3]` to patches `[N, H / 4, W / 4, dim]`, normalised.

@@ -233,11 +233,10 @@ impl Vit {
             g.tap("norm", x);
         }
         let features = g.scoped("cls", |g| g.select_token(x, 0))?;
-        let logits = match classes {
-            0 => None,
-            _ => Some(self.classify(g, x, features, classes, options)?),
-        };
-        Ok(Heads { logits, features })
+        match classes {
+            0 => Ok(Heads::new(None, features)),
+            _ => self.classify(g, x, features, classes, options),
+        }
     }
 
     /// Learned tokens before the patches.
@@ -253,19 +252,23 @@ impl Vit {
         cls: Tid,
         classes: usize,
         options: &ModelOptions,
-    ) -> Result<Tid> {
+    ) -> Result<Heads> {
         let layer = self.linear_layer(self.dim, classes);
         if self.cls_mean || options.cls_mean {
             let both = g.scoped("pool", |g| g.cls_mean(x, self.prefix()))?;
-            return g.linear(both, "head", layer);
+            return Ok(Heads::new(Some(g.linear(both, "head", layer)?), cls));
         }
         let logits = g.linear(cls, "head", layer)?;
         if !self.distilled {
-            return Ok(logits);
+            return Ok(Heads::new(Some(logits), cls));
         }
-        let teacher = g.scoped("dist", |g| g.select_token(x, 1))?;
-        let teacher = g.linear(teacher, "head_dist", layer)?;
-        g.scoped("mean", |g| g.mean_of_two(logits, teacher))
+        let token = g.scoped("dist", |g| g.select_token(x, 1))?;
+        let other = g.linear(token, "head_dist", layer)?;
+        let mean = g.scoped("mean", |g| g.mean_of_two(logits, other))?;
+        Ok(Heads {
+            taught: Some([logits, other]),
+            ..Heads::new(Some(mean), cls)
+        })
     }
 
     /// `[N, H, W, 3]` to tokens `[N, prefix + patches, dim]`: one convolution whose stride is its kernel, the class

@@ -194,15 +194,20 @@ impl ProgramSpec<'_> {
             constants.push((t, w.to_vec()));
             t
         });
+        // Each of two classifiers learns from its own: the labels, the teacher (Touvron et al. 2021, 3).
+        let [labelled, taught] = match net.heads.taught {
+            Some(two) if config.teacher.is_some() => two,
+            _ => [logits; 2],
+        };
         let mut loss = g.softmax_ce(
-            logits,
+            labelled,
             target,
             weights,
             config.label_smoothing,
             config.focal,
         )?;
         if config.teacher.is_some() {
-            let (t, of_teacher) = distillation(g, config, logits, &mut constants)?;
+            let (t, of_teacher) = distillation(g, config, taught, &mut constants)?;
             targets.teacher = Some(t);
             let mut scaled = |g: &mut Graph, loss: Tid, by: f32| {
                 let s = g.input("share_of_loss", Spec::f32([1]));

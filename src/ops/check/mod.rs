@@ -1,330 +1,26 @@
 //! `check`: every case of every room on a backend against the float64 reference, forward and backward, and the
 //! reference's own gradients against central differences.
 
+mod compare;
+mod graph;
+
+pub(crate) use compare::round_to;
+pub use compare::{Finding, ROUNDING_FACTOR, compare};
+pub use graph::{CaseGraph, case_graph, seed_of};
+
 use super::Room;
-use super::case::{Case, Fill, Operand};
 use super::guard::Guarded;
-use super::reference::{Host, Values, fetch, interpret, store};
+use super::reference::{Values, fetch, interpret, store};
 use crate::backend::cuda::{CudaCx, Precision, Traits};
 use crate::backend::{Backend, CompileOptions, Exec};
-use crate::graph::{DType, Graph, Kind, Phase, Tid};
+use crate::graph::{DType, Graph, Phase, Tid};
 use crate::philox::Philox;
 use crate::{Error, Result};
-use std::fmt;
-use std::sync::Arc;
+use compare::{compare_rounded, unit};
 
 /// Largest error allowed in float32, relative to the reference tensor's scale (its root mean square and, per element,
 /// its own size), before the allowance for the length of sums.
 pub const F32_TOLERANCE: f64 = 2e-6;
-
-/// One compared tensor.
-#[derive(Clone, Debug)]
-pub struct Finding {
-    /// `y0`, `d1` (gradient of operand 1).
-    pub tensor: String,
-    /// Worst error over its allowance; at most 1 passes. NaN where a NaN or infinity stands in the wrong place.
-    pub worst: f64,
-    /// Where.
-    pub index: usize,
-    /// What the backend gave there.
-    pub got: f64,
-    /// What the reference says.
-    pub want: f64,
-    /// The error that was allowed there.
-    pub allowed: f64,
-    /// The tensor's shape, where it is known.
-    pub shape: Vec<usize>,
-}
-
-impl Finding {
-    /// Within the tolerance.
-    pub fn ok(&self) -> bool {
-        self.worst <= 1.0
-    }
-
-    /// Tensor and element: `y0[2, 0, 7]`.
-    pub fn place(&self) -> String {
-        let mut rest = self.index;
-        let mut at: Vec<usize> = vec![];
-        for &extent in self.shape.iter().rev().filter(|&&e| e > 0) {
-            at.push(rest % extent);
-            rest /= extent;
-        }
-        match at.is_empty() {
-            true => self.tensor.clone(),
-            false => {
-                at.reverse();
-                format!("{}{at:?}", self.tensor)
-            }
-        }
-    }
-}
-
-impl fmt::Display for Finding {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        let place = self.place();
-        match (self.got.is_nan(), self.want.is_nan()) {
-            (true, false) => write!(
-                f,
-                "{place} is NaN, or nobody wrote it; the reference says {}",
-                self.want
-            ),
-            _ => write!(
-                f,
-                "{place} is {}, the reference says {}: off by {:.3e}, allowed {:.3e}",
-                self.got,
-                self.want,
-                (self.got - self.want).abs(),
-                self.allowed
-            ),
-        }
-    }
-}
-
-/// A case as a graph: forward, cotangents, backward.
-pub struct CaseGraph {
-    /// The graph.
-    pub graph: Arc<Graph>,
-    /// Its inputs with their values (operands and cotangents).
-    pub inputs: Vec<(Tid, Vec<f32>, DType)>,
-    /// What is compared, with its name.
-    pub outputs: Vec<(String, Tid)>,
-    /// Operands that are differentiated, with their gradients.
-    pub grads: Vec<(usize, Tid, Tid)>,
-    /// Differentiable results with their cotangents.
-    pub cotangents: Vec<(Tid, Tid)>,
-}
-
-/// The seed of a case: its name's hash (FNV-1a), so that a case always has the same values.
-pub fn seed_of(name: &str) -> u64 {
-    name.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| {
-        (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3)
-    })
-}
-
-fn fill(o: &Operand, seed: u64, stream: u32) -> Vec<f32> {
-    let n = o.spec.len();
-    let mut rng = Philox::new(seed, stream);
-    match &o.fill {
-        Fill::Normal(scale) => (0..n).map(|_| rng.normal() * scale).collect(),
-        Fill::Uniform(a, b) => (0..n).map(|_| a + (b - a) * rng.uniform()).collect(),
-        Fill::Labels(classes) => (0..n)
-            .map(|_| f32::from_bits(rng.below(*classes)))
-            .collect(),
-        Fill::F32(v) => v.clone(),
-        Fill::U32(v) => v.iter().map(|&u| f32::from_bits(u)).collect(),
-    }
-}
-
-/// Builds the graph of a case.
-///
-/// # Errors
-/// A shape rule does not hold, or a backward rule is missing.
-pub fn case_graph(case: &Case, seed: u64) -> Result<CaseGraph> {
-    let mut g = Graph::new();
-    let mut inputs = vec![];
-    let updates = case.op.updates();
-    let mut ids = vec![];
-    for (i, o) in case.operands.iter().enumerate() {
-        let t = g.input(format!("x{i}"), o.spec.clone());
-        g.tensor_mut(t).keep = true;
-        inputs.push((t, fill(o, seed, i as u32), o.spec.dtype));
-        ids.push(t);
-    }
-    let outs = g.push_arc(case.op.clone(), &ids)?;
-    let mut outputs = vec![];
-    for (i, &t) in outs.iter().enumerate() {
-        g.keep(t);
-        outputs.push((format!("y{i}"), t));
-    }
-    let mut cotangents = vec![];
-    for &k in &case.differentiable {
-        let spec = g.spec(outs[k]).clone();
-        let c = g.input(format!("cotangent{k}"), spec.clone());
-        let o = Operand {
-            spec,
-            fill: Fill::Normal(1.0),
-            grad: false,
-        };
-        inputs.push((c, fill(&o, seed, 1000 + k as u32), DType::F32));
-        cotangents.push((outs[k], c));
-    }
-    let mut grads = vec![];
-    if !cotangents.is_empty() {
-        let wanted: Vec<Tid> = case
-            .operands
-            .iter()
-            .zip(&ids)
-            .filter(|(o, _)| o.grad)
-            .map(|(_, &t)| t)
-            .collect();
-        let found = g.backward_from(&cotangents, &wanted)?;
-        for (i, (o, t)) in case.operands.iter().zip(&ids).enumerate() {
-            if !o.grad {
-                continue;
-            }
-            let d = *found.get(t).ok_or_else(|| {
-                Error::run(format!("no gradient for operand {i} of {}", case.op.name()))
-            })?;
-            g.keep(d);
-            outputs.push((format!("d{i}"), d));
-            grads.push((i, *t, d));
-        }
-    }
-    debug_assert!(
-        updates
-            .iter()
-            .all(|u| g.tensor(outs[u.0]).kind == Kind::Input)
-    );
-    Ok(CaseGraph {
-        graph: Arc::new(g),
-        inputs,
-        outputs,
-        grads,
-        cotangents,
-    })
-}
-
-impl CaseGraph {
-    /// The inputs in float64.
-    pub fn values(&self) -> Values {
-        let mut v = Values::new();
-        for (t, data, dtype) in &self.inputs {
-            let shape = self.graph.shape(*t);
-            let data = match dtype {
-                DType::F32 => data.iter().map(|&x| f64::from(x)).collect(),
-                DType::U32 => data.iter().map(|x| f64::from(x.to_bits())).collect(),
-            };
-            v.insert(
-                *t,
-                Host {
-                    shape: shape.to_vec(),
-                    data,
-                },
-            );
-        }
-        v
-    }
-
-    /// Sets every input that the compiled graph reads.
-    ///
-    /// # Errors
-    /// The device is lost.
-    pub fn write(&self, exec: &mut dyn Exec) -> Result<()> {
-        for (t, data, dtype) in &self.inputs {
-            if exec.memory().place(*t).is_none() {
-                continue;
-            }
-            match dtype {
-                DType::F32 => exec.write(*t, data)?,
-                DType::U32 => exec.write_u32(*t, bytemuck::cast_slice(data))?,
-            }
-        }
-        Ok(())
-    }
-
-    /// Everything computed by the references.
-    pub fn reference(&self) -> Values {
-        let mut v = self.values();
-        interpret(&self.graph, &[Phase::Forward, Phase::Backward], &mut v);
-        v
-    }
-}
-
-/// Compares `got` with `want`: places of NaN and infinity first, then `!(error <= allowance)`.
-pub fn compare(tensor: &str, got: &[f64], want: &[f64], tolerance: f64) -> Finding {
-    compare_by(tensor, got, want, |w, rms| tolerance * (rms + w.abs()))
-}
-
-/// [`compare`] with the allowance of an element by its value and the tensor's root mean square.
-fn compare_by(
-    tensor: &str,
-    got: &[f64],
-    want: &[f64],
-    allowance: impl Fn(f64, f64) -> f64,
-) -> Finding {
-    let finite: Vec<f64> = want.iter().copied().filter(|v| v.is_finite()).collect();
-    let rms = (finite.iter().map(|v| v * v).sum::<f64>() / finite.len().max(1) as f64).sqrt();
-    let mut worst = Finding {
-        tensor: tensor.into(),
-        worst: 0.0,
-        index: 0,
-        got: 0.0,
-        want: 0.0,
-        allowed: 0.0,
-        shape: vec![],
-    };
-    for (i, (&g, &w)) in got.iter().zip(want).enumerate() {
-        let allowed = allowance(w, rms);
-        let ratio = if w.is_nan() || w.is_infinite() {
-            if g == w || (g.is_nan() && w.is_nan()) {
-                0.0
-            } else {
-                f64::NAN
-            }
-        } else {
-            (g - w).abs() / (allowed + 1e-30)
-        };
-        if ratio.is_nan() || ratio > worst.worst {
-            worst = Finding {
-                tensor: tensor.into(),
-                worst: ratio,
-                index: i,
-                got: g,
-                want: w,
-                allowed,
-                shape: vec![],
-            };
-            if ratio.is_nan() {
-                break;
-            }
-        }
-    }
-    worst
-}
-
-/// `v` rounded to the operands of a precision, to nearest even.
-pub(crate) fn round_to(v: f64, precision: Precision) -> f64 {
-    let drop = match precision {
-        Precision::F32 => return v,
-        Precision::Tf32 => 13,
-        Precision::Bf16 => 16,
-    };
-    let bits = (v as f32).to_bits();
-    if !(v as f32).is_finite() {
-        return v;
-    }
-    let odd = (bits >> drop) & 1;
-    let rounded = bits + (1 << (drop - 1)) - 1 + odd;
-    f64::from(f32::from_bits(rounded >> drop << drop))
-}
-
-impl CaseGraph {
-    /// Everything computed by the references from operands that are rounded to `precision`.
-    fn reference_of_rounded(&self, precision: Precision) -> Values {
-        let mut v = self.values();
-        for (t, _, dtype) in &self.inputs {
-            if *dtype == DType::F32
-                && let Some(host) = v.get_mut(t)
-            {
-                host.data
-                    .iter_mut()
-                    .for_each(|x| *x = round_to(*x, precision));
-            }
-        }
-        interpret(&self.graph, &[Phase::Forward, Phase::Backward], &mut v);
-        v
-    }
-}
-
-/// Half a unit in the last place of a precision's operands, relative to their size.
-fn unit(precision: Precision) -> f64 {
-    match precision {
-        Precision::F32 => 2f64.powi(-24),
-        Precision::Tf32 => 2f64.powi(-11),
-        Precision::Bf16 => 2f64.powi(-8),
-    }
-}
 
 /// Whether any node of a graph launches something else in `precision` than in float32.
 fn rounds(graph: &Graph, precision: Precision, options: &CompileOptions) -> Result<bool> {
@@ -347,45 +43,6 @@ fn rounds(graph: &Graph, precision: Precision, options: &CompileOptions) -> Resu
     }
     Ok(false)
 }
-
-/// Results with fewer elements than this may miss the worst that rounding can do by luck.
-const FEW: usize = 256;
-
-/// Compares what was computed from operands rounded in the kernel with `want`, and allows [`ROUNDING_FACTOR`] times the
-/// error of `other`, the reference's result from rounded operands: the largest error against the largest, and the root
-/// mean square against the root mean square. Results of few elements may be half a unit in the last place off in any
-/// case.
-fn compare_rounded(
-    tensor: &str,
-    got: &[f64],
-    want: &[f64],
-    other: &[f64],
-    unit: f64,
-    tolerance: f64,
-) -> Finding {
-    let n = want.len().max(1) as f64;
-    let off = |v: &[f64]| -> (f64, f64) {
-        let d = v.iter().zip(want).map(|(a, b)| (a - b).abs());
-        d.fold((0.0, 0.0), |(most, sum), d| (d.max(most), sum + d * d))
-    };
-    let (worst, square) = off(other);
-    let floor = if want.len() < FEW { unit } else { 0.0 };
-    let mut found = compare_by(tensor, got, want, |w, rms| {
-        let scale = rms + w.abs();
-        ROUNDING_FACTOR * worst.max(floor * scale) + tolerance * scale
-    });
-    let rms = (want.iter().map(|v| v * v).sum::<f64>() / n).sqrt();
-    let allowed = ROUNDING_FACTOR * (square / n).sqrt().max(floor * rms) + tolerance * rms + 1e-30;
-    let error = (off(got).1 / n).sqrt();
-    if error / allowed > found.worst {
-        found.tensor = format!("{tensor} (root mean square)");
-        found.worst = error / allowed;
-    }
-    found
-}
-
-/// How much larger than the error of rounding the operands alone the error of a kernel in tf32 or bf16 may be.
-pub const ROUNDING_FACTOR: f64 = 2.5;
 
 /// The seed of a room's case: its name's hash, varied by the program's `--seed`.
 pub fn case_seed(room: &Room, params: &str, seed: u64) -> u64 {
@@ -596,6 +253,7 @@ pub fn check_gradients(room: &Room, params: &str, seed: u64) -> Result<Vec<Findi
 mod tests {
     use super::*;
     use crate::ops::ROOMS;
+    use std::sync::Arc;
 
     fn report(problems: &[String]) {
         assert!(
