@@ -388,7 +388,14 @@ impl CpuExec {
         Ok(())
     }
 
-    fn each(&mut self, phases: &[Phase], mut after: impl FnMut(usize)) -> Result<()> {
+    /// Runs the launches of `phases` in order, and `after` each.
+    fn each(&mut self, phases: &[Phase], after: impl FnMut(usize) + Send) -> Result<()> {
+        // On a thread of the pool: from any other thread each parallel loop would hand itself over to the pool, sleep
+        // and be woken again.
+        rayon::scope(|_| self.each_here(phases, after))
+    }
+
+    fn each_here(&mut self, phases: &[Phase], mut after: impl FnMut(usize)) -> Result<()> {
         if phases.contains(&Phase::Prepare) && !self.dropped.is_empty() {
             return Err(Error::run(
                 "constants were prepared already and their plain copies are gone",

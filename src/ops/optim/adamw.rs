@@ -13,7 +13,8 @@ use crate::{Result, multiversion, op_common};
 /// `p -= lr / c1 * m / (sqrt(v) / sqrt(c2) + eps)`.
 ///
 /// Operands: param, grad, m, v (equal lengths), hyper `[8]` = (lr, c1 = 1 - beta1^t, c2 = 1 - beta2^t, factor on
-/// gradients, 0..), and with `clip` the result of [`GradNorm`]. Results: param, m, v, updated in place.
+/// gradients, 0..), and with `clip` the result of [`GradNorm`](super::GradNorm). Results: param, m, v, updated in
+/// place.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct AdamW {
     /// Factor on the learning rate.

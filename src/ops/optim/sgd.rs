@@ -11,8 +11,9 @@ use crate::{Result, ensure, multiversion, op_common};
 /// SGD as `torch.optim.SGD` computes it: `g += decay p`; `b = momentum b + g`; `p -= lr b`, or with Nesterov's momentum
 /// `p -= lr (g + momentum b)`.
 ///
-/// Operands: param, grad, the buffer b (only with momentum; zero at first), hyper `[8]` as for [`AdamW`], and with
-/// `clip` the result of [`GradNorm`]. Results: param and the buffer, updated in place.
+/// Operands: param, grad, the buffer b (only with momentum; zero at first), hyper `[8]` as for
+/// [`AdamW`](super::AdamW), and with `clip` the result of [`GradNorm`](super::GradNorm). Results: param and the buffer,
+/// updated in place.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Sgd {
     /// Factor on the learning rate.
