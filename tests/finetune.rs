@@ -290,7 +290,7 @@ fn of_two_classifiers_one_learns_from_the_teacher() {
     let tmp = tempfile::tempdir().unwrap();
     let root = tmp.path();
     let teacher = backbone(root, "cnn_r14");
-    // What the two weights of the heads move from their initial zero biases.
+    // How far the biases of the two heads move from zero.
     let moved = |alpha: &str| {
         let dir = root.join(alpha);
         good(

@@ -84,8 +84,8 @@ pub fn write_parameters(
     Ok(())
 }
 
-/// Gives the system the memory of the weights that were read, each as long as the largest layer: glibc would keep it
-/// beside the network for as long as the program runs.
+/// Gives the system what reading the weights left free on the heap, as much as the largest layer or more: glibc would
+/// keep it beside the network.
 fn trim_heap() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: touches nothing but what is free already.

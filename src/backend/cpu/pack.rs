@@ -51,18 +51,18 @@ pub(crate) fn pack_panel_cols(
 /// Arguments of the kernel `pack_columns`: column `j` of `cols` is `data[j * col_stride ..][.. depth]`, `out` holds
 /// `[depth, nr]`, `nr` being whole registers; columns from `cols` on become zero.
 pub(crate) struct Columns {
-    data: *const f32,
-    col_stride: usize,
-    cols: usize,
-    depth: usize,
-    nr: usize,
-    out: *mut f32,
+    pub data: *const f32,
+    pub col_stride: usize,
+    pub cols: usize,
+    pub depth: usize,
+    pub nr: usize,
+    pub out: *mut f32,
 }
 
 /// # Safety
 /// As [`Columns`] says, and the processor has the instructions of `S`.
 #[inline(always)]
-pub(super) unsafe fn columns<S: Simd>(t: &Columns) {
+pub(crate) unsafe fn columns<S: Simd>(t: &Columns) {
     for j in (0..t.nr).step_by(S::LANES) {
         let cols = t.cols.saturating_sub(j).min(S::LANES);
         let squares = if cols == S::LANES {

@@ -6,6 +6,7 @@
 
 use super::kernel::{Kernels, Tile, available};
 use super::{Attention, AttentionBwd, Extents};
+use crate::backend::cpu::pack::Columns;
 use crate::backend::cpu::parallel::{Shared, parallel_for, part};
 use crate::backend::cpu::scratch::with_floats;
 use crate::backend::cpu::{CpuCx, CpuKernel};
@@ -97,10 +98,16 @@ impl Plan {
         assert!(src.len().min(dst.len()) >= self.tp * self.dp);
         for (j, n) in panels(self.k, self.tp) {
             let at = j * self.dp;
-            // SAFETY: asserted; a panel is `n` tokens of `dp` channels on both sides.
-            unsafe {
-                (self.k.transpose)(src[at..].as_ptr(), n, self.dp, dst[at..].as_mut_ptr(), n)
+            let columns = Columns {
+                data: src[at..].as_ptr(),
+                col_stride: self.dp,
+                cols: n,
+                depth: self.dp,
+                nr: n,
+                out: dst[at..].as_mut_ptr(),
             };
+            // SAFETY: asserted; a panel is `n` tokens, whole registers, of `dp` channels on both sides.
+            unsafe { (self.k.pack_columns)(&columns) };
         }
     }
 

@@ -2,6 +2,7 @@
 //!
 //! All of them work on a thread's scratch, whose rows are padded to whole vector registers, so that none has a tail.
 
+use crate::backend::cpu::pack::{Columns, columns};
 use crate::backend::cpu::simd::{Portable, Simd};
 use std::sync::LazyLock;
 
@@ -40,8 +41,8 @@ pub(in crate::ops) struct Kernels {
         dst: *mut f32,
         stride: usize,
     ),
-    /// `[rows, cols]` at `src` to `[cols, rows]` at `dst` with rows `ldd` apart; both extents in whole registers.
-    pub transpose: unsafe fn(src: *const f32, rows: usize, cols: usize, dst: *mut f32, ldd: usize),
+    /// Rows to the columns of a panel, as GEMM packs them.
+    pub pack_columns: unsafe fn(&Columns),
     /// Per row of scores: `p = exp2(c * (s - max))` in place; the maxima and the sums go to `max` and `sum`.
     pub softmax:
         unsafe fn(s: *mut f32, rows: usize, tokens: usize, c: f32, max: *mut f32, sum: *mut f32),
@@ -280,22 +281,6 @@ unsafe fn unpack<S: Lanes>(
     }
 }
 
-#[inline(always)]
-unsafe fn transpose<S: Lanes>(
-    src: *const f32,
-    rows: usize,
-    cols: usize,
-    dst: *mut f32,
-    ldd: usize,
-) {
-    for r in (0..rows).step_by(S::LANES) {
-        for c in (0..cols).step_by(S::LANES) {
-            // SAFETY: both extents are whole registers.
-            unsafe { S::transpose(src.add(r * cols + c), cols, dst.add(c * ldd + r), ldd) };
-        }
-    }
-}
-
 /// What padding scores are set to: no exponential of theirs is seen beside a true score's.
 const MASKED: f32 = -1e30;
 
@@ -416,8 +401,8 @@ macro_rules! kernels {
                 unsafe { super::unpack::<$simd>(src, f, rows, dim, dst, stride) }
             }
             $(#[$feature])?
-            unsafe fn transpose(src: *const f32, rows: usize, cols: usize, dst: *mut f32, ldd: usize) {
-                unsafe { super::transpose::<$simd>(src, rows, cols, dst, ldd) }
+            unsafe fn pack_columns(t: &Columns) {
+                unsafe { columns::<$simd>(t) }
             }
             $(#[$feature])?
             unsafe fn softmax(s: *mut f32, rows: usize, tokens: usize, c: f32, max: *mut f32, sum: *mut f32) {
@@ -438,7 +423,7 @@ macro_rules! kernels {
                 outer: &[$(&[$(outer::<$mr, $nv>),*]),*],
                 pack,
                 unpack,
-                transpose,
+                pack_columns,
                 softmax,
                 gradient,
                 dots,

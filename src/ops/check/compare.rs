@@ -3,6 +3,13 @@
 use crate::backend::cuda::Precision;
 use std::fmt;
 
+/// Largest error allowed in float32, relative to the reference tensor's scale (its root mean square and, per element,
+/// its own size), before the allowance for the length of sums.
+pub const F32_TOLERANCE: f64 = 2e-6;
+
+/// How much larger than the error of rounding the operands alone the error of a kernel in tf32 or bf16 may be.
+pub const ROUNDING_FACTOR: f64 = 2.5;
+
 /// One compared tensor.
 #[derive(Clone, Debug)]
 pub struct Finding {
@@ -179,6 +186,3 @@ pub(super) fn compare_rounded(
     }
     found
 }
-
-/// How much larger than the error of rounding the operands alone the error of a kernel in tf32 or bf16 may be.
-pub const ROUNDING_FACTOR: f64 = 2.5;

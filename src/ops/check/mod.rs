@@ -5,7 +5,7 @@ mod compare;
 mod graph;
 
 pub(crate) use compare::round_to;
-pub use compare::{Finding, ROUNDING_FACTOR, compare};
+pub use compare::{F32_TOLERANCE, Finding, ROUNDING_FACTOR, compare};
 pub use graph::{CaseGraph, case_graph, seed_of};
 
 use super::Room;
@@ -17,10 +17,6 @@ use crate::graph::{DType, Graph, Phase, Tid};
 use crate::philox::Philox;
 use crate::{Error, Result};
 use compare::{compare_rounded, unit};
-
-/// Largest error allowed in float32, relative to the reference tensor's scale (its root mean square and, per element,
-/// its own size), before the allowance for the length of sums.
-pub const F32_TOLERANCE: f64 = 2e-6;
 
 /// Whether any node of a graph launches something else in `precision` than in float32.
 fn rounds(graph: &Graph, precision: Precision, options: &CompileOptions) -> Result<bool> {

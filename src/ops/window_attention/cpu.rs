@@ -76,24 +76,20 @@ impl Job {
                     let row = unsafe {
                         std::slice::from_raw_parts_mut(bias.get().add((head * tokens + i) * tp), tp)
                     };
-                    let (row, padding) = row.split_at_mut(tokens);
-                    for (j, row) in self.window_rows(row) {
-                        row.copy_from_slice(&column[g.entry(j, i)..][..row.len()]);
+                    for j in self.window_rows() {
+                        let entries = &column[g.entry(j.start, i)..][..j.len()];
+                        row[j].copy_from_slice(entries);
                     }
-                    padding.fill(0.0);
+                    row[tokens..].fill(0.0);
                 }
             });
         });
     }
 
-    /// What belongs to the tokens of a window, by rows of the window, each with its first token. From one token to the
-    /// next the entry of the table is the next one.
-    fn window_rows<'a>(
-        &self,
-        tokens: &'a mut [f32],
-    ) -> impl Iterator<Item = (usize, &'a mut [f32])> {
+    /// A window's tokens by its rows: from one token of a row to the next, the entry of the table is the next one.
+    fn window_rows(&self) -> impl Iterator<Item = Range<usize>> {
         let side = self.g.op.side;
-        (0..).step_by(side).zip(tokens.chunks_exact_mut(side))
+        (0..side).map(move |r| r * side..(r + 1) * side)
     }
 
     /// The rows `rows` of a window's matrix of scores get bias and mask.
@@ -402,12 +398,10 @@ fn backward_head(
             // The gradient of a score is the scale times that of the bias.
             let factor = 1.0 / p.e.scale;
             sums.fill(0.0);
-            for (j, dbias) in dbias.chunks_exact_mut(p.tp).enumerate() {
-                for (i, dbias) in job.window_rows(&mut dbias[..tokens]) {
-                    let sums = &mut sums[g.entry(i, j)..];
-                    sums.iter_mut()
-                        .zip(dbias)
-                        .for_each(|(s, d)| *s += *d * factor);
+            for (j, dbias) in dbias.chunks_exact(p.tp).enumerate() {
+                for i in job.window_rows() {
+                    let sums = sums[g.entry(i.start, j)..].iter_mut();
+                    sums.zip(&dbias[i]).for_each(|(s, d)| *s += d * factor);
                 }
             }
         });
